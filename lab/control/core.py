@@ -1,0 +1,416 @@
+"""The engine core: the one place where requests wait, run, and end. Request and state path, control plane.
+
+Sans-IO: `add`, `abort`, `plan` and `commit` take the time as an argument and return values; who calls them
+owns the clock and the data plane. Both backends drive this very class, which is why their decisions can be
+compared. The global control point is `plan`; the hot path is `plan` + `commit`.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lab.control.live import LiveRequest
+from lab.control.observer import Decision, Observer, Outcome, StepRecord
+from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, chain
+from lab.control.request import Request, RequestId
+from lab.control.step import Limits, StepBuilder
+from lab.errors import ExecutorError, PolicyError, RequestRefused
+from lab.policy import EvictionPolicy, How, ReplicaView, SchedulingPolicy
+from lab.state.blocks import BlockPool
+
+DIRECT = Decision(admitted=True, admit_reason="direct", replica=0, route_reason="direct")
+"""The decision of a request that came without a gateway."""
+
+_CONTROL = os.path.join("lab", "control")
+
+IDLE_STEPS_ALLOWED = 1000
+"""Steps in a row without any work before the policy is held to be going in circles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """One generated token on its way out; `finished` says why it was the last one, if it was."""
+
+    request: RequestId
+    token: int
+    finished: Literal["length", "stop"] | None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A plan that was handed out and not yet committed, and the state right after planning."""
+
+    plan: StepPlan
+    work: list[LiveRequest]
+    running: int
+    waiting: int
+    prefill_tokens: int
+    decode_tokens: int
+    context_tokens: int
+    blocks_free: int
+    blocks_cached: int
+    allocated: int
+    evicted: int
+    released_plan: int
+    released_commit: int = 0
+
+
+class EngineCore:
+    """One replica's control plane.
+
+    `blocks` and `block_size` describe the KV cache; `max_context` bounds prompt plus output. Everything
+    that a request's life produces goes to `observer`. Single-threaded; plan and commit alternate.
+    """
+
+    def __init__(
+        self,
+        policy: SchedulingPolicy,
+        eviction: EvictionPolicy,
+        *,
+        blocks: int,
+        block_size: int = 16,
+        limits: Limits | None = None,
+        max_context: int | None = None,
+        prefix_cache: bool = True,
+        observer: Observer | None = None,
+        replica: int = 0,
+        policy_name: str = "",
+    ) -> None:
+        self.policy = policy
+        self.policy_name = policy_name or type(policy).__name__
+        self.limits = limits or Limits()
+        self.pool = BlockPool(blocks, block_size, eviction, prefix_cache=prefix_cache)
+        self.max_context = max_context
+        self.replica = replica
+        self._observer = observer or Observer()
+        self._requests: dict[RequestId, LiveRequest] = {}
+        self._running: dict[RequestId, LiveRequest] = {}
+        self._waiting: dict[RequestId, LiveRequest] = {}
+        self._released: list[RequestId] = []
+        self._in_flight: _InFlight | None = None
+        self._committed: _InFlight | None = None
+        self._paused = ""
+        self._seq = 0
+        self._index = 0
+        self._digest = GENESIS
+        self._workless = 0
+        self._counted = (0, 0, 0)
+        # Hooks cost a call per request and step, so those that a policy doesn't define are never called.
+        self._on_tokens = (
+            policy.on_tokens if type(policy).on_tokens is not SchedulingPolicy.on_tokens else None
+        )
+
+    # -- reading -------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._requests)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def digest(self) -> str:
+        """Chained digest of all plans so far."""
+        return self._digest
+
+    @property
+    def steps(self) -> int:
+        return self._index
+
+    def view(self, now: int) -> ReplicaView:
+        """This replica as the gateway sees it."""
+        pool = self.pool
+        return ReplicaView(
+            self.replica, now, len(self._running), len(self._waiting), pool.available, pool.total
+        )
+
+    # -- requests come and go ------------------------------------------------------------------------
+
+    def add(self, request: Request, now: int, decision: Decision = DIRECT) -> None:
+        """Take a request in; it waits from now on. Raises `RequestRefused` if it could never fit."""
+        if request.id in self._requests:
+            raise RequestRefused(request.id, "a request of this id is being served", needed=1, available=0)
+        tokens = len(request.prompt) + request.output_limit
+        if self.max_context is not None and tokens > self.max_context:
+            raise RequestRefused(
+                request.id,
+                f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens exceeds the "
+                "longest context",
+                needed=tokens,
+                available=self.max_context,
+            )
+        # The last token that is generated is never fed back, so its KV is never stored.
+        needed = -(-(tokens - 1) // self.pool.block_size)
+        if needed > self.pool.total:
+            raise RequestRefused(
+                request.id,
+                f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens never fits the "
+                f"KV cache, counted in blocks of {self.pool.block_size}",
+                needed=needed,
+                available=self.pool.total,
+            )
+        live = LiveRequest(request, self._seq, decision, self.pool.block_size)
+        self._seq += 1
+        self._requests[request.id] = self._waiting[request.id] = live
+        self._call(self.policy.on_arrival, live.view, now)
+
+    def abort(self, request_id: RequestId, now: int) -> bool:
+        """End a request in any state; False if it isn't here. One that is being computed ends at commit."""
+        live = self._requests.get(request_id)
+        if live is None:
+            return False
+        if self._in_flight is not None and live.granted:
+            live.aborting = True
+        else:
+            self._end(live, "aborted", "aborted", now)
+        return True
+
+    def pause(self, what: Literal["admission", "all"] = "all") -> None:
+        """Grant nothing any more: to waiting requests (`admission`, to drain), or to any (`all`)."""
+        self._paused = what
+
+    def resume(self) -> None:
+        self._paused = ""
+
+    @property
+    def paused(self) -> bool:
+        return bool(self._paused)
+
+    def interrupt(self, now: int) -> None:
+        """The run ends here: record every request that is still in the engine as unfinished."""
+        for live in list(self._requests.values()):
+            self._observer.on_request(live.record("unfinished", "interrupted", max(now, live.phase_start)))
+        self._in_flight = None
+        self._requests.clear()
+        self._running.clear()
+        self._waiting.clear()
+
+    # -- the scheduling loop -------------------------------------------------------------------------
+
+    def plan(self, now: int) -> StepPlan:
+        """Decide the next step. Falsy when there is nothing to do; otherwise `commit` must follow."""
+        if self._in_flight is not None:
+            raise RuntimeError(f"plan() before commit() of step {self._in_flight.plan.index}")
+        step = StepBuilder(
+            self._index,
+            now,
+            self.policy_name,
+            self.limits,
+            self.pool,
+            self._requests,
+            self._running,
+            self._waiting,
+            self._paused,
+            on_preempt=self._preempted,
+        )
+        self._call(self.policy.schedule, step)
+        for live, reason in step.rejected:
+            self._end(live, "rejected", reason, now)
+        if not (step.work or step.preempted or step.rejected):
+            return StepPlan(self._index, now, (), self._digest)
+        self._guard_progress(step)
+        plan = self._freeze(step)
+        self._in_flight = self._describe(plan, step.granted)
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult, now: int) -> tuple[Emission, ...]:
+        """Apply a step's result at the time it is there. Returns the generated tokens in plan order."""
+        flight = self._in_flight
+        if flight is None or flight.plan is not plan:
+            raise RuntimeError(f"commit() of step {plan.index}, which is not the plan in flight")
+        wanted = sum(work.samples for work in plan.work)
+        if len(result.tokens) != wanted:
+            raise ExecutorError(
+                f"step {plan.index}: the data plane returned {len(result.tokens)} tokens for {wanted} sampling requests"
+            )
+        self._in_flight = None
+        tokens = iter(result.tokens)
+        emissions: list[Emission] = []
+        on_tokens = self._on_tokens
+        for live, work in zip(flight.work, plan.work, strict=True):
+            live.granted = 0
+            live.computed += work.tokens
+            live.computed_tokens += work.tokens
+            live.worked(plan.index)
+            finished: Literal["length", "stop"] | None = None
+            if work.samples:
+                token = next(tokens)
+                finished = self._receive(live, token, now)
+                logprobs = result.logprobs.get(work.request)
+                if logprobs is not None:
+                    live.logprobs.append(logprobs)
+                if not live.aborting:
+                    emissions.append(Emission(work.request, token, finished, logprobs))
+            if on_tokens is not None:
+                self._call(on_tokens, live.view, work.tokens, int(work.samples), now)
+            if live.aborting:
+                self._end(live, "aborted", "aborted", now)
+            elif finished is not None:
+                self._end(live, "finished", finished, now)
+        flight.released_commit = self._count()[2]
+        self._committed = flight
+        return tuple(emissions)
+
+    def observe(self, timing: StepTiming) -> None:
+        """Tell the observer of the step just committed, now that all of its durations are known."""
+        flight, self._committed = self._committed, None
+        if flight is None:
+            raise RuntimeError("observe() without a committed step")
+        self._observer.on_step(
+            StepRecord(
+                plan=flight.plan,
+                timing=timing,
+                policy=self.policy_name,
+                replica=self.replica,
+                running=flight.running,
+                waiting=flight.waiting,
+                prefill_tokens=flight.prefill_tokens,
+                decode_tokens=flight.decode_tokens,
+                context_tokens=flight.context_tokens,
+                blocks_free=flight.blocks_free,
+                blocks_cached=flight.blocks_cached,
+                blocks_held=self.pool.total - flight.blocks_free - flight.blocks_cached,
+                allocated=flight.allocated,
+                evicted=flight.evicted,
+                released_plan=flight.released_plan,
+                released_commit=flight.released_commit,
+            )
+        )
+
+    def stalled(self) -> PolicyError:
+        """What to raise when requests wait, nothing runs, nothing will arrive, and nothing was planned."""
+        first = next(iter(self._requests.values())).view
+        return PolicyError(
+            f"policy '{self.policy_name}' scheduled nothing at step {self._index} although {len(self._waiting)} "
+            f"requests wait, {len(self._running)} run and no arrival is due; the first is {first!r}"
+        )
+
+    def check(self) -> None:
+        """Conservation laws, as code: blocks, tables, statuses. Raises AssertionError."""
+        self.pool.check([live.blocks for live in self._requests.values()])
+        for name, live in self._requests.items():
+            assert (name in self._running) == (live.status == "running"), (
+                f"{live.view!r} is in the wrong table"
+            )
+            assert (name in self._waiting) == (live.status == "waiting"), (
+                f"{live.view!r} is in the wrong table"
+            )
+            assert live.computed < live.known, f"{live.view!r} has nothing left to compute"
+            capacity = len(live.blocks) * self.pool.block_size
+            assert live.computed + live.granted <= capacity, (
+                f"{live.view!r} holds {capacity} tokens of blocks"
+            )
+        assert len(self._running) <= self.limits.max_seqs
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _freeze(self, step: StepBuilder) -> StepPlan:
+        preempted = tuple((live.request.id, how) for live, how in step.preempted)
+        rejected = tuple((live.request.id, reason) for live, reason in step.rejected)
+        work = tuple(step.work)
+        self._digest = chain(self._digest, self._index, work, preempted, rejected)
+        new = tuple(live.request for live in step.admitted if not live.seen)
+        for live in step.admitted:
+            live.seen = True
+        plan = StepPlan(
+            index=self._index,
+            now=step.now,
+            work=work,
+            digest=self._digest,
+            new=new,
+            admitted=tuple(live.request.id for live in step.admitted),
+            preempted=preempted,
+            rejected=rejected,
+            released=tuple(self._released),
+        )
+        self._released.clear()
+        self._index += 1
+        return plan
+
+    def _describe(self, plan: StepPlan, granted: list[LiveRequest]) -> _InFlight:
+        prefill = decode = context = 0
+        for live, work in zip(granted, plan.work, strict=True):
+            context += work.start + work.tokens
+            if work.start >= live.prompt_tokens and work.tokens == 1:
+                decode += 1
+            else:
+                prefill += work.tokens
+        allocated, evicted, released = self._count()
+        return _InFlight(
+            plan, granted, len(self._running), len(self._waiting), prefill, decode, context,
+            self.pool.free, self.pool.cached, allocated, evicted, released,
+        )  # fmt: skip
+
+    def _count(self) -> tuple[int, int, int]:
+        """Blocks allocated, evicted and released since the last call."""
+        pool, before = self.pool, self._counted
+        self._counted = (pool.allocated, pool.evicted, pool.released)
+        return (pool.allocated - before[0], pool.evicted - before[1], pool.released - before[2])
+
+    def _receive(self, live: LiveRequest, token: int, now: int) -> Literal["length", "stop"] | None:
+        """One generated token arrives at `now`; says whether it was the last."""
+        live.known += 1
+        live.output.append(token)
+        live.token_times.append(now)
+        request = live.request
+        if request.output_len is None and token in request.stop_ids:
+            return "stop"
+        if live.known - live.prompt_tokens >= request.output_limit:
+            return "length"
+        if live.phase == "prefill":
+            live.enter("decode", now)
+        return None
+
+    def _end(self, live: LiveRequest, outcome: Outcome, reason: str, now: int) -> None:
+        name = live.request.id
+        del self._requests[name]
+        self._running.pop(name, None)
+        self._waiting.pop(name, None)
+        live.status = "ended"
+        self.pool.release(live.blocks, now)
+        live.blocks = []
+        if live.seen:
+            self._released.append(name)
+        said = reason if outcome == "finished" else outcome
+        self._call(self.policy.on_finish, live.view, said, now)
+        self._observer.on_request(live.record(outcome, reason, now))
+
+    def _preempted(self, live: LiveRequest, how: How, now: int) -> None:
+        self._call(self.policy.on_preempt, live.view, how, now)
+
+    def _guard_progress(self, step: StepBuilder) -> None:
+        self._workless = 0 if step.work else self._workless + 1
+        if self._workless > IDLE_STEPS_ALLOWED:
+            raise PolicyError(
+                f"policy '{self.policy_name}' preempted or rejected for {self._workless} steps in a row, up to "
+                f"step {self._index}, without running anything"
+            )
+
+    def _call(self, hook: Callable[..., Any], *args: Any) -> None:
+        """Call a policy; what it raises ends the run with the policy's name, the step and its own line."""
+        try:
+            hook(*args)
+        except PolicyError:
+            raise
+        except Exception as error:
+            frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
+            # The last frame outside Diptych's own control plane is the policy's.
+            own = [f for f in frames if _CONTROL not in f.filename] or frames
+            where = f"{own[-1].filename}:{own[-1].lineno}"
+            about = next((f", {a!r}" for a in args if hasattr(a, "seq")), "")
+            raise PolicyError(
+                f"policy '{self.policy_name}' raised {type(error).__name__}: {error} "
+                f"(in {hook.__name__}, step {self._index}{about}) at {where}"
+            ) from error

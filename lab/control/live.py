@@ -1,0 +1,176 @@
+"""A request while the engine has it: tokens known and computed, blocks held, and the life it has led.
+
+Request path, control plane. `LiveRequest` belongs to the engine; policies get its read-only `View`.
+"""
+
+from __future__ import annotations
+
+from lab.control.observer import Decision, Interval, Outcome, Phase, RequestRecord
+from lab.control.plan import TokenLogprobs
+from lab.control.request import Request, RequestId
+from lab.state.blocks import Block
+from lab.state.prefix import ContentChain
+
+
+class View:
+    """Read-only and always current; implements `lab.policy.RequestView`."""
+
+    __slots__ = ("_live", "arrival", "expected_output", "id", "priority", "prompt_tokens", "seq")
+
+    def __init__(self, live: LiveRequest) -> None:
+        self._live = live
+        self.id: RequestId = live.request.id
+        self.seq: int = live.seq
+        self.arrival: int = live.request.arrival
+        self.priority: int = live.request.priority
+        self.prompt_tokens: int = live.prompt_tokens
+        self.expected_output: int = live.request.output_limit
+
+    @property
+    def tenant(self) -> str:
+        return self._live.request.tenant
+
+    @property
+    def session(self) -> str:
+        return self._live.request.session
+
+    @property
+    def ttft_slo(self) -> int | None:
+        return self._live.request.ttft_slo
+
+    @property
+    def tpot_slo(self) -> int | None:
+        return self._live.request.tpot_slo
+
+    @property
+    def known(self) -> int:
+        return self._live.known
+
+    @property
+    def computed(self) -> int:
+        return self._live.computed
+
+    @property
+    def remaining(self) -> int:
+        return self._live.known - self._live.computed
+
+    @property
+    def generated(self) -> int:
+        return self._live.known - self._live.prompt_tokens
+
+    @property
+    def preemptions(self) -> int:
+        return self._live.preemptions
+
+    @property
+    def blocks(self) -> int:
+        return len(self._live.blocks)
+
+    @property
+    def granted(self) -> int:
+        return self._live.granted
+
+    def __repr__(self) -> str:
+        live = self._live
+        return f"<request '{self.id}' {live.status}, {live.computed} of {live.known} tokens computed>"
+
+
+class LiveRequest:
+    """The engine's own record of one request. `computed` chases `known`; that is all there is to phases."""
+
+    __slots__ = (
+        "aborting",
+        "blocks",
+        "cached_blocks",
+        "cached_tokens",
+        "chain",
+        "computed",
+        "computed_tokens",
+        "decision",
+        "granted",
+        "intervals",
+        "known",
+        "logprobs",
+        "output",
+        "phase",
+        "phase_cause",
+        "phase_first",
+        "phase_last",
+        "phase_start",
+        "preemptions",
+        "prompt_tokens",
+        "published",
+        "request",
+        "seen",
+        "seq",
+        "status",
+        "token_times",
+        "view",
+    )
+
+    def __init__(self, request: Request, seq: int, decision: Decision, block_size: int) -> None:
+        self.request, self.seq, self.decision = request, seq, decision
+        self.status = "waiting"
+        self.prompt_tokens = len(request.prompt)
+        self.known = self.prompt_tokens
+        self.computed = 0
+        self.granted = 0
+        """Tokens granted in the step being built."""
+        self.blocks: list[Block] = []
+        self.published = 0
+        """Leading blocks whose content has been published."""
+        self.output: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        stream = request.output_stream if request.output_len is not None else None
+        self.chain = ContentChain(request.prompt, block_size, request.cache_salt, self.output, stream)
+        self.seen = False
+        """The data plane has been told of this request."""
+        self.aborting = False
+        self.cached_tokens = self.cached_blocks = self.computed_tokens = self.preemptions = 0
+        self.token_times: list[int] = []
+        self.intervals: list[Interval] = []
+        self.phase: Phase = "queue"
+        self.phase_start, self.phase_cause = request.arrival, "arrival"
+        self.phase_first = self.phase_last = -1
+        self.view = View(self)
+
+    @property
+    def samples_after(self) -> bool:
+        """Whether what is granted reaches the last known token, so that the step yields the next one."""
+        return self.computed + self.granted == self.known
+
+    def enter(self, phase: Phase, now: int, cause: str = "") -> None:
+        """Close the current interval at `now` and open the next; the intervals tile the request's life."""
+        self.close(now)
+        self.phase, self.phase_start, self.phase_cause = phase, now, cause
+        self.phase_first = self.phase_last = -1
+
+    def close(self, now: int) -> None:
+        self.intervals.append(
+            Interval(self.phase, self.phase_start, now, self.phase_cause, self.phase_first, self.phase_last)
+        )
+
+    def worked(self, step: int) -> None:
+        if self.phase_first < 0:
+            self.phase_first = step
+        self.phase_last = step
+
+    def record(self, outcome: Outcome, reason: str, now: int) -> RequestRecord:
+        """The whole life, closed at `now`."""
+        self.close(now)
+        return RequestRecord(
+            request=self.request,
+            seq=self.seq,
+            decision=self.decision,
+            outcome=outcome,
+            reason=reason,
+            end=now,
+            cached_tokens=self.cached_tokens,
+            cached_blocks=self.cached_blocks,
+            computed_tokens=self.computed_tokens,
+            preemptions=self.preemptions,
+            token_times=tuple(self.token_times),
+            intervals=tuple(self.intervals),
+            output=tuple(self.output),
+            logprobs=tuple(self.logprobs),
+        )

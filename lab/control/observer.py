@@ -1,0 +1,127 @@
+"""What the control plane tells whoever watches. Observation path.
+
+The records here are complete: every span, metric and plot is computed from them, so both backends, which
+share the code that makes them, can't drift apart. An observer never influences a decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lab.control.plan import StepPlan, StepTiming, TokenLogprobs
+from lab.control.request import Request
+
+Phase = Literal["queue", "prefill", "decode"]
+Outcome = Literal["finished", "aborted", "rejected", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One stretch of a request's life. Intervals tile [arrival, end] without gap or overlap.
+
+    `cause` says why a queue interval began (`arrival`, `preempted`) and is empty otherwise.
+    `first_step .. last_step` are the steps that worked on the request in it (-1, -1 while queued).
+    """
+
+    phase: Phase
+    start: int
+    end: int
+    cause: str = ""
+    first_step: int = -1
+    last_step: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What admission and routing said, and why."""
+
+    admitted: bool
+    admit_reason: str
+    replica: int = -1
+    route_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """A request's whole life, told once, when it ends (or when the run does)."""
+
+    request: Request
+    seq: int
+    decision: Decision
+    outcome: Outcome
+    reason: str
+    """`length`, `stop`, `aborted`, `interrupted`, or why it was rejected."""
+    end: int
+    cached_tokens: int
+    """Prompt tokens that the prefix cache supplied at the first admission."""
+    cached_blocks: int
+    computed_tokens: int
+    """Tokens put through the model, recomputation included."""
+    preemptions: int
+    token_times: tuple[int, ...]
+    intervals: tuple[Interval, ...]
+    output: tuple[int, ...]
+    """Generated token ids; a simulator's carry no meaning."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each generated token, where they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: what was decided, how long each phase took, and the state it left."""
+
+    plan: StepPlan
+    timing: StepTiming
+    policy: str
+    replica: int
+    running: int
+    waiting: int
+    """Requests running and waiting right after planning."""
+    prefill_tokens: int
+    decode_tokens: int
+    """Tokens of work items that continue a prompt / extend a generated sequence by one."""
+    context_tokens: int
+    """Sum over the work items of the tokens they attend to (start + tokens)."""
+    blocks_free: int
+    blocks_cached: int
+    blocks_held: int
+    """KV blocks empty / reusable but unreferenced / referenced, right after planning."""
+    allocated: int
+    evicted: int
+    released_plan: int
+    released_commit: int
+    """Blocks taken, evicted, and given back while planning (preemption, abort) and at commit (finish)."""
+
+    @property
+    def start(self) -> int:
+        return self.plan.now
+
+    @property
+    def end(self) -> int:
+        return self.plan.now + self.timing.total_ns
+
+
+class Observer:
+    """Base with no-op hooks; subclass and override what you want to see."""
+
+    def on_step(self, step: StepRecord) -> None:
+        """A step was committed."""
+
+    def on_request(self, record: RequestRecord) -> None:
+        """A request ended: finished, aborted, rejected, or left unfinished by the end of the run."""
+
+
+class Observers(Observer):
+    """Several observers as one."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_step(self, step: StepRecord) -> None:
+        for observer in self._observers:
+            observer.on_step(step)
+
+    def on_request(self, record: RequestRecord) -> None:
+        for observer in self._observers:
+            observer.on_request(record)

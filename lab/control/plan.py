@@ -1,0 +1,128 @@
+"""The values that cross the boundary: `StepPlan` down, `StepResult` up. State path.
+
+They are the trace record, the replay format and the wire format in one, so they are frozen and hold
+nothing but plain values. `digest` chains every plan to all earlier ones: two runs took the same decisions
+up to step n exactly when their digests at n are equal. The digest covers decisions, never times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lab.control.request import BlockId, Request, RequestId
+
+GENESIS = "0" * 32
+"""The digest before the first plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute tokens `start .. start + tokens` of one request.
+
+    `blocks` are the KV blocks this step appends to the request's table (a table begins empty when the
+    request is in `StepPlan.admitted`, with `cached` leading blocks that already hold their content).
+    `samples` is true when the last of these tokens is the last known one, so the step yields the next.
+    """
+
+    request: RequestId
+    start: int
+    tokens: int
+    samples: bool
+    blocks: tuple[BlockId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One engine iteration, decided. Executing it needs no knowledge of queues, policies or arrivals."""
+
+    index: int
+    now: int
+    work: tuple[Work, ...]
+    digest: str
+    new: tuple[Request, ...] = ()
+    """Requests that the data plane sees for the first time, in full."""
+    admitted: tuple[RequestId, ...] = ()
+    """Requests that enter (or re-enter) the running set: their block tables start afresh."""
+    preempted: tuple[tuple[RequestId, str], ...] = ()
+    """(request, how): its blocks are gone; its tokens stay known."""
+    rejected: tuple[tuple[RequestId, str], ...] = ()
+    """(request, reason): a policy gave up on it."""
+    released: tuple[RequestId, ...] = ()
+    """Requests that ended since the last plan: the data plane may forget them."""
+
+    def __bool__(self) -> bool:
+        """False when there is nothing to execute and nothing was decided."""
+        return bool(self.work or self.preempted or self.rejected)
+
+    @property
+    def tokens(self) -> int:
+        return sum(work.tokens for work in self.work)
+
+
+def chain(
+    previous: str,
+    index: int,
+    work: Sequence[Work],
+    preempted: Sequence[tuple[RequestId, str]],
+    rejected: Sequence[tuple[RequestId, str]],
+) -> str:
+    """Digest of a plan's decisions chained over `previous` (blake2b, 128 bits, hex)."""
+    h = hashlib.blake2b(bytes.fromhex(previous), digest_size=16)
+    h.update(struct.pack("<q", index))
+    for item in work:
+        name = item.request.encode()
+        h.update(struct.pack("<iqq?i", len(name), item.start, item.tokens, item.samples, len(item.blocks)))
+        h.update(name)
+        h.update(struct.pack(f"<{len(item.blocks)}i", *item.blocks))
+    for mark, pairs in (("preempted", preempted), ("rejected", rejected)):
+        for request, word in pairs:
+            h.update(f"\x1e{mark}\x1f{request}\x1f{word}".encode())
+    return h.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities for one sampled token: its own, and the most likely alternatives (id, logprob)."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What executing one plan gave. `tokens` answers the sampling work items in their order.
+
+    Durations are nanoseconds, measured or modelled; the phases run one after another.
+    """
+
+    tokens: tuple[int, ...]
+    prepare_ns: int = 0
+    forward_ns: int = 0
+    sample_ns: int = 0
+    logprobs: Mapping[RequestId, TokenLogprobs] = field(default_factory=dict)
+
+    @property
+    def duration_ns(self) -> int:
+        return self.prepare_ns + self.forward_ns + self.sample_ns
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Where a step's time went, nanoseconds: control plane (plan, commit) around data plane (the rest)."""
+
+    plan_ns: int
+    prepare_ns: int
+    forward_ns: int
+    sample_ns: int
+    commit_ns: int
+
+    @property
+    def execute_ns(self) -> int:
+        return self.prepare_ns + self.forward_ns + self.sample_ns
+
+    @property
+    def total_ns(self) -> int:
+        return self.plan_ns + self.execute_ns + self.commit_ns

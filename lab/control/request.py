@@ -1,0 +1,158 @@
+"""What enters: a request, its prompt, and how its tokens are sampled. Request path, control plane.
+
+A prompt is a sequence of *pieces*. A piece is either literal token ids, or a `Segment`: a stretch of an
+endless synthetic text named by a 64-bit number. Segments let a trace of a million long prompts stay small,
+let both backends see exactly the same shared prefixes, and give the engine real token ids when it asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+RequestId: TypeAlias = str
+BlockId: TypeAlias = int
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `start .. start + length` of the synthetic text called `stream`."""
+
+    stream: int
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+Piece: TypeAlias = Segment | tuple[int, ...]
+
+
+def stream_of(*names: object) -> int:
+    """A stable 64-bit name for a synthetic text (blake2b, never `hash()`)."""
+    text = "\x1f".join(map(str, names)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def synthetic_token(stream: int, position: int, vocab_size: int) -> int:
+    """Token id at one position of a synthetic text (splitmix64 of stream and position)."""
+    z = (stream + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) % vocab_size
+
+
+def _synthesised(segment: Segment, vocab_size: int) -> list[int]:
+    """`synthetic_token` over a whole segment, in numpy: a prompt's ids are made while its step waits."""
+    import numpy as np
+
+    positions = np.arange(segment.start + 1, segment.start + segment.length + 1, dtype=np.uint64)
+    z = np.uint64(segment.stream) + positions * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    ids: list[int] = ((z ^ (z >> np.uint64(31))) % np.uint64(vocab_size)).tolist()
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An immutable prompt; `len(prompt)` is its number of tokens."""
+
+    pieces: tuple[Piece, ...]
+    _length: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_length", sum(len(piece) for piece in self.pieces))
+
+    @classmethod
+    def of(cls, tokens: Iterable[int]) -> Prompt:
+        """A prompt of literal token ids."""
+        return cls((tuple(tokens),))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def token_ids(self, vocab_size: int) -> list[int]:
+        """Concrete ids: literal pieces as they are, segments synthesised, these all below `vocab_size`."""
+        ids: list[int] = []
+        for piece in self.pieces:
+            ids += _synthesised(piece, vocab_size) if isinstance(piece, Segment) else piece
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature == 0` is greedy and ignores the rest.
+
+    The draw depends on (seed, position) alone, so it is the same in any batch.
+    `logprobs` asks for that many alternatives beside the chosen token's own log-probability.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature, self.temperature >= 0, ">= 0"),
+            ("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 keeps all)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, ">= 0"),
+        )
+        for name, value, good, expected in checks:
+            if not good:
+                raise ValueError(f"sampling parameter {name} is {value}; expected {expected}")
+
+
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as the control plane receives it. Times are integer nanoseconds since the run began.
+
+    `output_len` forces the number of generated tokens and ignores EOS: the experiments' mode, where a
+    generated token enters the prefix cache as an identity (request, position). With `output_len=None`
+    generation ends at `max_tokens` or at a token of `stop_ids`, and real tokens are the content.
+    """
+
+    id: RequestId
+    prompt: Prompt
+    arrival: int = 0
+    max_tokens: int = 16
+    output_len: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    sampling: SamplingParams = GREEDY
+    tenant: str = ""
+    session: str = ""
+    priority: int = 0
+    ttft_slo: int | None = None
+    tpot_slo: int | None = None
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) < 1:
+            raise ValueError(f"request '{self.id}' has an empty prompt; expected at least 1 token")
+        if self.arrival < 0:
+            raise ValueError(f"request '{self.id}' arrives at {self.arrival} ns; expected >= 0")
+        if self.output_limit < 1:
+            raise ValueError(f"request '{self.id}' may generate {self.output_limit} tokens; expected >= 1")
+
+    @property
+    def output_limit(self) -> int:
+        """The most tokens this request can generate."""
+        return self.max_tokens if self.output_len is None else self.output_len
+
+    @property
+    def output_stream(self) -> int:
+        """The synthetic text that stands for this request's forced output, for a later turn to quote."""
+        return stream_of("output", self.id)

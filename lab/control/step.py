@@ -1,0 +1,263 @@
+"""The transactional step: how a scheduling policy acts, and where every sum about budgets is done.
+
+State path, control plane. A policy asks; `StepBuilder` checks tokens, slots and blocks, and either does all
+of it at once (cache hits pinned, blocks taken, content published) or none of it and says what ran short.
+Going over a budget can't be expressed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lab.control.live import LiveRequest, View
+from lab.control.plan import Work
+from lab.control.request import RequestId
+from lab.errors import ConfigError, PolicyError
+from lab.policy import Grant, How, RequestView, Shortage
+from lab.state.blocks import Block, BlockPool
+
+_CONTROL = os.path.join("lab", "control")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step may hold: tokens, running requests, and prompt tokens of one request (`chunk`)."""
+
+    token_budget: int = 512
+    max_seqs: int = 32
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "max_seqs", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{name} is {value}; expected at least 1")
+
+
+class _Views(Mapping[RequestId, RequestView]):
+    """Read-only mapping of ids to views over the engine's own table; keeps its order."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: dict[RequestId, LiveRequest]) -> None:
+        self._table = table
+
+    def __getitem__(self, key: RequestId) -> View:
+        return self._table[key].view
+
+    def __iter__(self) -> Iterator[RequestId]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._table
+
+
+class StepBuilder:
+    """Implements `lab.policy.Step`, whose docstrings are the contract."""
+
+    def __init__(
+        self,
+        index: int,
+        now: int,
+        policy: str,
+        limits: Limits,
+        pool: BlockPool,
+        requests: dict[RequestId, LiveRequest],
+        running: dict[RequestId, LiveRequest],
+        waiting: dict[RequestId, LiveRequest],
+        paused: str,
+        on_preempt: Callable[[LiveRequest, How, int], None],
+    ) -> None:
+        self.index, self.now = index, now
+        self.tokens_left = self.token_budget = limits.token_budget
+        self._policy, self._limits, self._pool = policy, limits, pool
+        self._requests, self._running, self._waiting = requests, running, waiting
+        self._paused, self._on_preempt = paused, on_preempt
+        self.running, self.waiting = _Views(running), _Views(waiting)
+        self.work: list[Work] = []
+        self.granted: list[LiveRequest] = []
+        self.admitted: list[LiveRequest] = []
+        self.preempted: list[tuple[LiveRequest, How]] = []
+        self.rejected: list[tuple[LiveRequest, str]] = []
+
+    # -- what a policy reads -----------------------------------------------------------------------
+
+    @property
+    def slots_left(self) -> int:
+        return self._limits.max_seqs - len(self._running)
+
+    @property
+    def blocks_left(self) -> int:
+        return self._pool.available
+
+    @property
+    def blocks_total(self) -> int:
+        return self._pool.total
+
+    def cached(self, request: RequestView | RequestId) -> int:
+        live = self._find(request, "cached")
+        return len(self._hits(live)) * self._pool.block_size if live.status == "waiting" else 0
+
+    def blocks_for(self, request: RequestView | RequestId, tokens: int) -> int:
+        live = self._find(request, "blocks_for")
+        if live.status == "running":
+            return self._cost(len(live.blocks), live.computed + tokens, [])
+        hits = self._hits(live)
+        return self._cost(len(hits), len(hits) * self._pool.block_size + tokens, hits)
+
+    # -- what a policy does ------------------------------------------------------------------------
+
+    def run(
+        self,
+        request: RequestView | RequestId,
+        tokens: int | None = None,
+        *,
+        whole: bool = False,
+        leave_free: int = 0,
+    ) -> Grant:
+        live = self._find(request, "run")
+        if live.granted:
+            self._misuse("run", live, f"it was granted {live.granted} tokens in this step already")
+        if tokens is not None and tokens < 1:
+            self._misuse("run", live, f"asked for {tokens} tokens; expected at least 1")
+        if self._paused == "all" or (self._paused and live.status == "waiting"):
+            return Grant(0, Shortage.PAUSED)
+        if self.tokens_left < 1:
+            return Grant(0, Shortage.TOKENS)
+
+        pool = self._pool
+        hits: list[Block] = []
+        computed, held = live.computed, len(live.blocks)
+        if live.status == "waiting":
+            if any(live is gone for gone, _ in self.preempted):
+                self._misuse("run", live, "it was preempted in this very step")
+            if self.slots_left < 1:
+                return Grant(0, Shortage.SLOTS)
+            hits = self._hits(live)
+            held = len(hits)
+            computed = held * pool.block_size
+
+        remaining = live.known - computed
+        granted = min(remaining, self.tokens_left, remaining if tokens is None else tokens)
+        if not whole and self._limits.chunk is not None:
+            granted = min(granted, self._limits.chunk)
+        if whole and granted < remaining:
+            return Grant(0, Shortage.TOKENS)
+
+        room = pool.available - leave_free
+        # A request that lost its blocks once comes back only when everything it knows fits: with room for
+        # just the next chunk it would push others out, or be pushed out itself, and compute the same again.
+        reach = live.known if live.preemptions and live.status == "waiting" else computed + granted
+        if self._cost(held, reach, hits) > room:
+            return Grant(0, Shortage.BLOCKS)
+
+        if live.status == "waiting":
+            self._admit(live, hits)
+            before = 0
+        else:
+            before = len(live.blocks)
+        self._extend(live, computed + granted)
+        self.tokens_left -= granted
+        live.granted = granted
+        self.granted.append(live)
+        added = tuple(block.id for block in live.blocks[before:])
+        self.work.append(Work(live.request.id, computed, granted, live.samples_after, added))
+        return Grant(granted)
+
+    def preempt(self, request: RequestView | RequestId, how: How = "recompute") -> None:
+        live = self._find(request, "preempt")
+        if how != "recompute":
+            self._misuse("preempt", live, f"how={how!r}; expected 'recompute'")
+        if live.status != "running":
+            self._misuse("preempt", live, "it isn't running")
+        if live.granted:
+            self._misuse("preempt", live, f"it was granted {live.granted} tokens in this step already")
+        del self._running[live.request.id]
+        self._waiting[live.request.id] = live
+        self._pool.release(live.blocks, self.now)
+        live.status = "waiting"
+        live.blocks, live.published, live.computed = [], 0, 0
+        live.preemptions += 1
+        live.enter("queue", self.now, "preempted")
+        self.preempted.append((live, how))
+        self._on_preempt(live, how, self.now)
+
+    def reject(self, request: RequestView | RequestId, reason: str) -> None:
+        live = self._find(request, "reject")
+        if live.status != "waiting":
+            self._misuse("reject", live, "only a waiting request can be rejected")
+        live.status = "ended"
+        del self._waiting[live.request.id]
+        self.rejected.append((live, reason))
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _admit(self, live: LiveRequest, hits: list[Block]) -> None:
+        del self._waiting[live.request.id]
+        self._running[live.request.id] = live
+        self._pool.pin(hits, self.now)
+        live.status = "running"
+        live.blocks = hits
+        live.published = len(hits)
+        live.computed = len(hits) * self._pool.block_size
+        if not live.preemptions:
+            live.cached_blocks, live.cached_tokens = len(hits), live.computed
+        live.enter("prefill", self.now)
+        self.admitted.append(live)
+
+    def _extend(self, live: LiveRequest, tokens: int) -> None:
+        """Take blocks for the first `tokens` tokens and publish those that this step completes."""
+        pool, now, size = self._pool, self.now, self._pool.block_size
+        wanted = -(-tokens // size)
+        if not pool.prefix_cache:
+            while len(live.blocks) < wanted:
+                live.blocks.append(pool.take(now))
+            return
+        full = tokens // size
+        knowable = min(wanted, live.known // size)
+        keys = live.chain.upto(knowable) if knowable > live.published else live.chain.keys
+        while len(live.blocks) < wanted:
+            depth = len(live.blocks)
+            live.blocks.append(pool.take(now, keys[depth + 1] if depth < knowable else None))
+        while live.published < full:
+            depth = live.published
+            pool.publish(live.blocks[depth], live.blocks[depth - 1] if depth else None, keys, depth, now)
+            live.published += 1
+
+    def _hits(self, live: LiveRequest) -> list[Block]:
+        """Cached leading blocks; at least the last known token is left to compute, since its logits are needed."""
+        pool = self._pool
+        if not pool.prefix_cache:
+            return []
+        limit = (live.known - 1) // pool.block_size
+        return pool.match(live.chain.upto(limit), limit)
+
+    def _cost(self, held: int, tokens: int, hits: list[Block]) -> int:
+        """Blocks that leave `available` when a table of `held` blocks grows to hold `tokens` tokens."""
+        fresh = -(-tokens // self._pool.block_size) - held
+        return max(fresh, 0) + sum(block.refs == 0 for block in hits)
+
+    def _find(self, request: RequestView | RequestId, call: str) -> LiveRequest:
+        name = request if isinstance(request, str) else request.id
+        live = self._requests.get(name)
+        if live is None or live.status == "ended":
+            state = "has ended" if live else "is not in the engine (it ended, or never came)"
+            self._fail(f"{call}('{name}'): the request {state}")
+        return live
+
+    def _misuse(self, call: str, live: LiveRequest, why: str) -> NoReturn:
+        self._fail(f"{call}({live.view!r}): {why}")
+
+    def _fail(self, what: str) -> NoReturn:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and _CONTROL in frame.f_code.co_filename:
+            frame = frame.f_back
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        raise PolicyError(f"policy '{self._policy}', step {self.index}: {what}, at {where}")

@@ -1,0 +1,151 @@
+"""python -m lab.experiment policy=fcfs: one workload, one policy, on the real engine and on the simulator.
+
+The main job. It loads the model, calibrates the simulator on it (once a machine), runs the workload on both
+backends under the same policies, prints one table of both with the errors, says where the decisions part and
+what the error is made of, and leaves a run directory for each side and a report page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lab import plugins
+from lab.assembly import EngineSpec
+from lab.config import Config
+from lab.control.request import stream_of
+
+if TYPE_CHECKING:
+    from lab.backend import Backend, OpenBackend
+    from lab.control.request import Request
+
+ABOUT = "Run one workload under one policy on the real engine and on the simulator, and compare."
+
+
+def experiment(cfg: Config) -> None:
+    """One experiment, for any `backend`. Raises `DiptychError`."""
+    from lab.console import Console
+
+    console = Console()
+    requests, source = workload(cfg)
+    config_text = config_yaml(cfg)
+    path = _directory(cfg, config_text)
+    if cfg.backend == "cache":
+        from lab.cache_study import run_cache_study
+
+        run_cache_study(cfg, requests, source, config_text, path, console)
+        return
+
+    from lab.session import Side, run_side
+
+    names = ["real", "sim"] if cfg.backend == "both" else [cfg.backend]
+    opened: list[Backend] = []
+    try:
+        for name in names:
+            open_backend = cast("OpenBackend", plugins.load_object("backend", name))
+            opened.append(open_backend(cfg, console, opened[0] if opened else None))
+        finished: dict[str, Path] = {}
+        for backend in opened:
+            side = Side(
+                backend=backend,
+                spec=EngineSpec.of(dataclasses.asdict(cfg)),
+                requests=requests,
+                config_text=config_text,
+                model=cfg.model.name,
+                otlp_file=cfg.export.otlp_file,
+                export_to=[
+                    *([cfg.export.otlp_endpoint] if cfg.export.otlp_endpoint else []),
+                    *(["console"] if cfg.export.console else []),
+                ],
+                source=source,
+            )
+            finished[backend.name] = run_side(side, path if len(names) == 1 else path / backend.name, console)
+    finally:
+        for backend in opened:
+            backend.close()
+    _conclude(cfg, finished, path)
+
+
+def workload(cfg: Config) -> tuple[list[Request], dict[str, Any]]:
+    """The requests that the configuration asks for, in order of arrival, and where they come from."""
+    from lab import config
+
+    entry = config.traces()[cfg.trace.name]
+    loaded = entry.load(cfg.trace.name, config.trace_options(cfg))
+    sampling = config.sampling(cfg)
+    found = [_completed(request, cfg, sampling) for request in loaded.requests]
+    return found, {"trace": loaded.name, **loaded.source}
+
+
+def _completed(request: Request, cfg: Config, sampling: Any) -> Request:
+    """A trace's request with what the configuration adds: sampling, objectives, salt, how it ends."""
+    slo = cfg.slo
+
+    def objective(own: int | None, default_ms: float | None) -> int | None:
+        return own if own is not None or default_ms is None else round(default_ms * 1e6)
+
+    # Each request draws from a stream of its own: with one for all, equal prompts would get equal samples.
+    own_seed = stream_of("sampling", sampling.seed, request.id) >> 1
+    changes: dict[str, Any] = {
+        "sampling": dataclasses.replace(sampling, seed=own_seed),
+        "ttft_slo": objective(request.ttft_slo, slo.ttft_ms),
+        "tpot_slo": objective(request.tpot_slo, slo.tpot_ms),
+    }
+    if cfg.kv.salt_per_tenant:
+        changes["cache_salt"] = request.tenant
+    if cfg.output_lengths == "stop":
+        changes |= {"output_len": None, "max_tokens": request.output_limit}
+    return dataclasses.replace(request, **changes)
+
+
+def config_yaml(cfg: Config) -> str:
+    """The resolved configuration as text. Where the run lies is no part of it."""
+    from lab.compose import to_yaml
+
+    return to_yaml(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=None)))
+
+
+def _directory(cfg: Config, key: str) -> Path:
+    from lab.observe.rundir import fresh_directory
+
+    if cfg.run.dir is not None:
+        return Path(cfg.run.dir)
+    slug = f"{cfg.policy.name}-{cfg.trace.name}"
+    return fresh_directory(Path(cfg.run.root), slug, now=datetime.datetime.now(), key=key)
+
+
+def _conclude(cfg: Config, finished: Mapping[str, Path], path: Path) -> None:
+    """Compare, print, and write the report page. A simulation alone must not wait for pandas and plots."""
+    from lab.analysis.runs import load
+    from lab.analysis.table import show
+
+    runs = [load(where) for where in finished.values()]
+    result = None
+    if set(finished) == {"real", "sim"}:
+        from lab.diff import compare
+
+        result = compare(runs[0], runs[1], path / "replay")
+        result.write(path / "diff.json")
+    show(result or runs[0])
+    for name, where in finished.items():
+        print(f"{name}: {where}")
+    if cfg.run.report if cfg.run.report is not None else set(finished) != {"sim"}:
+        from lab.analysis.report import write_report
+
+        report = path / "report.html"
+        write_report(report, runs, result)
+        print(f"report: {report}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    from lab.cli import main as command
+
+    return command(experiment, about=ABOUT, argv=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

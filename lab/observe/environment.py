@@ -1,0 +1,83 @@
+"""Where a run took place: what the machine and the checkout are, never what came out. Observation path."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "hydra-core",
+    "numpy",
+    "omegaconf",
+    "opentelemetry-sdk",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+    "simpy",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def environment(argv: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The content of `environment.json`. Imports nothing: torch is asked only if the run has loaded it."""
+    revision, dirty = git_state(_CHECKOUT)
+    found: dict[str, Any] = {
+        "argv": list(argv),
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "git": {"revision": revision, "dirty": dirty},
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["torch"] = {"version": str(torch.__version__), "threads": torch.get_num_threads()}
+    return found | more
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """(revision, has uncommitted changes) of a checkout; (None, None) when it is none or git is missing."""
+    if not (root / ".git").exists():
+        return None, None
+    revision = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return revision or None, None if changes is None else bool(changes)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name, as well as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the platform module knows less, but something
+    return platform.processor() or platform.machine()

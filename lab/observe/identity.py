@@ -1,0 +1,83 @@
+"""Who a run, a trace and a span are. Observation path.
+
+Ids are content-addressed: a request of the same workload has the same trace id, and its spans the same span
+ids, on the simulator and on the real engine. So two runs join on id, logs join with spans, and `lab.backend`
+in the resource tells the sides apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lab.control.request import Request
+from lab.observe.boundaries import SCHEMA_VERSION
+
+SERVICE = "diptych"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What is true of every span of a run: the OpenTelemetry resource.
+
+    `run` names this run and nothing else does; everything else is equal when the same thing is run again.
+    """
+
+    backend: Literal["sim", "real"]
+    clock: Literal["stepped", "virtual", "wall"]
+    evidence: Literal["measured", "modelled", "replayed"]
+    workload: str
+    """`workload_id` of the requests."""
+    model: str
+    policy: str
+    seed: int
+    run: str
+    version: str = ""
+    revision: str = ""
+
+    def attributes(self) -> dict[str, str | int]:
+        """Resource attributes. `service.instance.id` is set because the SDK would make up a random one."""
+        named: dict[str, str | int] = {
+            "service.name": SERVICE,
+            "service.instance.id": self.run,
+            "service.version": self.version,
+            "vcs.ref.head.revision": self.revision,
+            "gen_ai.request.model": self.model,
+            "lab.schema.version": SCHEMA_VERSION,
+            "lab.backend": self.backend,
+            "lab.clock": self.clock,
+            "lab.evidence": self.evidence,
+            "lab.workload.id": self.workload,
+            "lab.policy": self.policy,
+            "lab.seed": self.seed,
+        }
+        return {name: value for name, value in named.items() if value != ""}
+
+
+def _hash(size: int, *parts: object) -> str:
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=size).hexdigest()
+
+
+def workload_id(requests: Iterable[Request]) -> str:
+    """32 hex digits that name a workload by its content, in whatever order the requests come."""
+    h = hashlib.blake2b(digest_size=16)
+    for request in sorted(requests, key=lambda request: (request.arrival, request.id)):
+        h.update(repr(request).encode())
+    return h.hexdigest()
+
+
+def request_trace(workload: str, request: str) -> str:
+    """Trace id of a request: 32 hex digits."""
+    return _hash(16, workload, "request", request)
+
+
+def replica_trace(workload: str, replica: int) -> str:
+    """Trace id of a replica's steps: 32 hex digits."""
+    return _hash(16, workload, "replica", replica)
+
+
+def span_id(trace: str, name: str, ordinal: int) -> str:
+    """Span id, 16 hex digits: the `ordinal`-th span called `name` in its trace."""
+    return hashlib.blake2b(f"{trace}\x1f{name}\x1f{ordinal}".encode(), digest_size=8).hexdigest()

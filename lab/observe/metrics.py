@@ -1,0 +1,245 @@
+"""What is measured of a run, by one table of formulas. Observation path.
+
+`summarise` makes `metrics.json`, whose keys are those of `METRICS`. Populations are named with each formula,
+because the same word means different sums in different tools (`aliases`): t_a is the arrival that was
+intended, t_s the first time scheduled, t_1 .. t_n the times of the n output tokens.
+
+Percentiles interpolate linearly between order statistics (numpy's default). What has no sample is null, never
+NaN or 0. TTFT plus the sum of a request's ITLs is its E2E exactly, in integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from lab.control.observer import RequestRecord, StepRecord
+from lab.control.plan import GENESIS
+from lab.observe.recorder import Recorded
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One entry of `metrics.json`: its key, what is summed over whom, and what other tools call it."""
+
+    key: str
+    formula: str
+    unit: str
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def _latency(key: str, formula: str, **aliases: str) -> Metric:
+    return Metric(key, formula, "ms: mean, p50, p90, p99", aliases)
+
+
+_ALL = "over all requests that arrived"
+_FINISHED = "over finished requests"
+
+METRICS: tuple[Metric, ...] = (
+    Metric("requests.finished", "requests that generated all of their output", "requests",
+           {"vllm bench": "completed", "aiperf": "request_count"}),
+    Metric("requests.rejected", "requests refused at the gateway or given up by the policy", "requests"),
+    Metric("requests.aborted", "requests cancelled by their sender", "requests"),
+    Metric("requests.unfinished", "requests that the end of the run cut off", "requests"),
+    _latency("ttft_ms", f"t_1 - t_a {_FINISHED}; from the intended arrival, so client-side queueing counts",
+             vllm="time_to_first_token_seconds", aiperf="time_to_first_token (from send)",
+             guidellm="time_to_first_token_ms", sarathi="prefill_e2e_time"),
+    _latency("tpot_ms", f"(t_n - t_1) / (n - 1) {_FINISHED} with n >= 2; every request weighs the same",
+             vllm="request_time_per_output_token_seconds", aiperf="inter_token_latency",
+             guidellm="inter_token_latency_ms (its time_per_output_token_ms includes TTFT)"),
+    _latency("itl_ms", f"t_i - t_(i-1), i >= 2, pooled {_FINISHED}; long outputs weigh more",
+             vllm="inter_token_latency_seconds", aiperf="inter_chunk_latency", sarathi="tbt"),
+    _latency("e2e_ms", f"end - t_a {_FINISHED}; the end is t_n",
+             vllm="e2e_request_latency_seconds", aiperf="request_latency",
+             guidellm="request_latency", sarathi="request_e2e_time"),
+    _latency("queue_ms", f"t_s - t_a {_FINISHED}: waiting before the first schedule only",
+             vllm="request_queue_time_seconds", sarathi="request_scheduling_delay"),
+    _latency("queue_total_ms", f"all time spent waiting, after preemptions too, {_FINISHED}"),
+    Metric("throughput.requests_per_s", "finished requests / duration_s", "1/s",
+           {"vllm bench": "request_throughput", "aiperf": "request_throughput"}),
+    Metric("throughput.output_tokens_per_s", f"output tokens {_FINISHED} / duration_s", "1/s",
+           {"vllm bench": "output_throughput", "aiperf": "output_token_throughput"}),
+    Metric("throughput.total_tokens_per_s", f"prompt and output tokens {_FINISHED} / duration_s", "1/s",
+           {"vllm bench": "total_token_throughput", "aiperf": "total_token_throughput"}),
+    Metric("goodput.requests_per_s", "finished requests that met every SLO they have, TTFT <= ttft_slo and "
+           "TPOT <= tpot_slo (one token: TPOT is 0), / duration_s", "1/s",
+           {"vllm bench": "request_goodput", "aiperf": "goodput"}),
+    Metric("goodput.attainment", f"those requests / requests, {_ALL}: a refusal is a miss", "ratio",
+           {"scorpio": "slo adherence", "distserve": "SLO attainment"}),
+    Metric("kv.prefix_hit_ratio_tokens", "prompt tokens supplied by the prefix cache at the first admission "
+           "/ prompt tokens, over requests that were ever scheduled", "ratio",
+           {"vllm": "prefix_cache_hits / prefix_cache_queries"}),
+    Metric("kv.prefix_hit_ratio_blocks", "the same in blocks: cached blocks / ceil(prompt tokens / block "
+           "size)", "ratio", {"mooncake": "cache hit ratio"}),
+    Metric("kv.evictions", "blocks whose cached content was dropped to make room", "blocks"),
+    Metric("kv.peak_blocks", "most blocks referenced right after a planning", "blocks"),
+    Metric("kv.peak_utilisation", "most referenced blocks / all blocks, over steps", "ratio"),
+    Metric("kv.mean_utilisation", "referenced blocks / all blocks, weighted by the steps' durations", "ratio",
+           {"vllm": "kv_cache_usage_perc (a gauge; also without cached but unreferenced blocks)"}),
+    Metric("tokens.prompt", f"prompt tokens {_FINISHED}", "tokens"),
+    Metric("tokens.output", f"output tokens {_FINISHED}", "tokens"),
+    Metric("tokens.computed", f"tokens put through the model, recomputation included, {_ALL}", "tokens"),
+    Metric("preemptions", "times a running request lost its blocks", "preemptions",
+           {"vllm": "num_preemptions"}),
+    Metric("steps", "engine iterations", "steps"),
+    Metric("duration_s", "from the first arrival to the end of the last request or step, run time", "s",
+           {"vllm bench": "duration (from the first send)"}),
+    Metric("plan_digest", "digest of the last plan, chained over all earlier ones: equal when every decision "
+           "was (several replicas: a digest of theirs in order)", "hex"),
+    Metric("wall_s", "wall-clock time that the run itself took; null if not measured", "s"),
+)  # fmt: skip
+
+
+def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = None) -> dict[str, Any]:
+    """The content of `metrics.json`: nested dicts whose leaves are numbers, strings or null."""
+    requests, steps = recorded.requests, recorded.steps
+    finished = [record for record in requests if record.outcome == "finished"]
+    scheduled = [record for record in requests if first_scheduled(record) is not None]
+    duration = _duration_ns(requests, steps) / 1e9
+    output_tokens = sum(len(record.token_times) for record in finished)
+    prompt_tokens = sum(len(record.request.prompt) for record in finished)
+    good = sum(meets_slos(record) for record in finished)
+    asked_tokens = sum(len(record.request.prompt) for record in scheduled)
+    asked_blocks = sum(-(-len(record.request.prompt) // block_size) for record in scheduled)
+    outcomes = [record.outcome for record in requests]
+    return {
+        "requests": {
+            name: outcomes.count(name) for name in ("finished", "rejected", "aborted", "unfinished")
+        },
+        "ttft_ms": _stats([ttft_ns(record) for record in finished if record.token_times]),
+        "tpot_ms": _stats([tpot for record in finished if (tpot := tpot_ns(record)) is not None]),
+        "itl_ms": _stats([gap for record in finished for gap in itls_ns(record)]),
+        "e2e_ms": _stats([e2e_ns(record) for record in finished]),
+        "queue_ms": _stats([wait for record in finished if (wait := queue_ns(record)) is not None]),
+        "queue_total_ms": _stats([queue_total_ns(record) for record in finished]),
+        "throughput": {
+            "requests_per_s": _ratio(len(finished), duration),
+            "output_tokens_per_s": _ratio(output_tokens, duration),
+            "total_tokens_per_s": _ratio(prompt_tokens + output_tokens, duration),
+        },
+        "goodput": {"requests_per_s": _ratio(good, duration), "attainment": _ratio(good, len(requests))},
+        "kv": {
+            "prefix_hit_ratio_tokens": _ratio(
+                sum(record.cached_tokens for record in scheduled), asked_tokens
+            ),
+            "prefix_hit_ratio_blocks": _ratio(
+                sum(record.cached_blocks for record in scheduled), asked_blocks
+            ),
+            "evictions": sum(step.evicted for step in steps),
+            "peak_blocks": max((step.blocks_held for step in steps), default=0),
+            "peak_utilisation": max((_held(step) for step in steps), default=None),
+            "mean_utilisation": _ratio(
+                sum(_held(step) * step.timing.total_ns for step in steps),
+                sum(step.timing.total_ns for step in steps),
+            ),
+        },
+        "tokens": {
+            "prompt": prompt_tokens,
+            "output": output_tokens,
+            "computed": sum(record.computed_tokens for record in requests),
+        },
+        "preemptions": sum(len(step.plan.preempted) for step in steps),
+        "steps": len(steps),
+        "duration_s": duration,
+        "plan_digest": plan_digest(steps),
+        "wall_s": wall_s,
+    }
+
+
+# -- one request, in integer nanoseconds ---------------------------------------------------------------
+
+
+def ttft_ns(record: RequestRecord) -> int:
+    """Arrival to first token. Only for a request that has one."""
+    return record.token_times[0] - record.request.arrival
+
+
+def itls_ns(record: RequestRecord) -> list[int]:
+    """Gaps between consecutive tokens: one fewer than tokens."""
+    return [later - earlier for earlier, later in pairwise(record.token_times)]
+
+
+def tpot_ns(record: RequestRecord) -> float | None:
+    """Mean gap between tokens, or None with fewer than two."""
+    times = record.token_times
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
+def e2e_ns(record: RequestRecord) -> int:
+    """Arrival to end."""
+    return record.end - record.request.arrival
+
+
+def first_scheduled(record: RequestRecord) -> int | None:
+    """When it first ran, or None if it never did."""
+    return next((part.start for part in record.intervals if part.phase != "queue"), None)
+
+
+def queue_ns(record: RequestRecord) -> int | None:
+    """Scheduling delay: arrival to first schedule, or None if it never ran."""
+    start = first_scheduled(record)
+    return None if start is None else start - record.request.arrival
+
+
+def phase_ns(record: RequestRecord, phase: str) -> int:
+    """All time in one phase."""
+    return sum(part.end - part.start for part in record.intervals if part.phase == phase)
+
+
+def queue_total_ns(record: RequestRecord) -> int:
+    """All time spent waiting."""
+    return phase_ns(record, "queue")
+
+
+def meets_slos(record: RequestRecord) -> bool:
+    """Finished, and within every SLO that it declares."""
+    request = record.request
+    if record.outcome != "finished":
+        return False
+    if request.ttft_slo is not None and (not record.token_times or ttft_ns(record) > request.ttft_slo):
+        return False
+    return request.tpot_slo is None or (tpot_ns(record) or 0) <= request.tpot_slo
+
+
+def plan_digest(steps: Sequence[StepRecord]) -> str:
+    """The chained digest of a run's decisions; `GENESIS` when there was no step."""
+    last: dict[int, str] = {}
+    for step in steps:
+        last[step.replica] = step.plan.digest
+    if len(last) < 2:
+        return next(iter(last.values()), GENESIS)
+    joined = "\x1f".join(f"{replica}={last[replica]}" for replica in sorted(last))
+    return hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+
+
+# -- inside --------------------------------------------------------------------------------------------
+
+
+def _stats(samples_ns: Sequence[float]) -> dict[str, float | None]:
+    names = ["mean", *(f"p{rank}" for rank in PERCENTILES)]
+    if not samples_ns:
+        return dict.fromkeys(names)
+    import numpy as np
+
+    samples = np.asarray(samples_ns, dtype=np.float64)
+    values = [samples.mean(), *np.percentile(samples, PERCENTILES)]
+    return {name: float(value) / 1e6 for name, value in zip(names, values, strict=True)}
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _held(step: StepRecord) -> float:
+    return step.blocks_held / ((step.blocks_free + step.blocks_cached + step.blocks_held) or 1)
+
+
+def _duration_ns(requests: Sequence[RequestRecord], steps: Sequence[StepRecord]) -> int:
+    ends = [record.end for record in requests] + [step.end for step in steps]
+    starts = [record.request.arrival for record in requests] or [step.start for step in steps]
+    return max(ends) - min(starts) if ends else 0

@@ -1,0 +1,216 @@
+"""The KV block pool: who holds which block, what content is reusable, what goes when room is needed.
+
+State path, control plane. Every block is in exactly one of three states:
+
+    free      holds nothing of use; taken first
+    cached    unreferenced, its content can be hit, can be evicted
+    held      referenced by one or more requests (and findable, if its content was published)
+
+so free + cached + held = total, always (`check` says so in code). Content is published when the step that
+will compute it is planned, so two equal prompts in one step share. Chains are released tail first: when
+room runs short, a prompt loses its end before its beginning.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from lab.errors import ConfigError, PolicyError
+from lab.policy import BlockId, EvictionPolicy
+
+
+class Block:
+    """One KV block's bookkeeping; policies see it as `lab.policy.BlockView`."""
+
+    __slots__ = ("candidate", "children", "depth", "id", "key", "parent", "refs", "used")
+
+    def __init__(self, block_id: BlockId) -> None:
+        self.id = block_id
+        self.key = b""
+        """Content key; empty while nothing is published."""
+        self.depth = 0
+        self.refs = 0
+        self.used = 0
+        """Pool-wide count of releases when this block was last let go: a total order of last use."""
+        self.parent: Block | None = None
+        self.children = 0
+        """Cached blocks that continue this one (kept only for leaf-only eviction)."""
+        self.candidate = False
+
+    def __repr__(self) -> str:
+        return f"Block({self.id}, refs={self.refs}, depth={self.depth}, key={self.key.hex()[:8] or None})"
+
+
+class BlockPool:
+    """Reference-counted KV blocks with a content index. `eviction` chooses victims; the pool commits."""
+
+    def __init__(
+        self, blocks: int, block_size: int, eviction: EvictionPolicy, *, prefix_cache: bool = True
+    ) -> None:
+        if blocks < 1:
+            raise ConfigError(f"kv.blocks is {blocks}; expected at least 1 block")
+        if block_size < 1:
+            raise ConfigError(f"kv.block_size is {block_size}; expected at least 1 token")
+        self.total, self.block_size, self.prefix_cache = blocks, block_size, prefix_cache
+        self._eviction = eviction
+        self._leaf_only = eviction.leaf_only
+        self._blocks = [Block(i) for i in range(blocks)]
+        self._free = deque(self._blocks)
+        self._index: dict[bytes, Block] = {}
+        self.cached = 0
+        """Blocks that are unreferenced but reusable."""
+        self.allocated = self.evicted = self.released = 0
+        """Running counts of blocks taken (fresh, not hit), evicted, and let go by their last holder."""
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def available(self) -> int:
+        """Blocks that could be taken: free ones, and cached ones by eviction."""
+        return len(self._free) + self.cached
+
+    @property
+    def held(self) -> int:
+        return self.total - self.available
+
+    def find(self, key: bytes) -> Block | None:
+        """The block whose content has this key, if there is one."""
+        return self._index.get(key)
+
+    def match(self, keys: Sequence[bytes], limit: int) -> list[Block]:
+        """The longest cached prefix of `keys[1:]`, at most `limit` blocks. Changes nothing."""
+        found: list[Block] = []
+        index = self._index
+        for key in keys[1 : limit + 1]:
+            block = index.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    # -- changing --------------------------------------------------------------------------------
+
+    def pin(self, hits: Sequence[Block], now: int) -> None:
+        """Reference blocks whose content a request found cached."""
+        for block in hits:
+            self._reference(block, now)
+            self._eviction.on_hit(block, now)
+
+    def take(self, now: int, key: bytes | None = None) -> Block:
+        """One block to write into. The caller has checked `available`.
+
+        With `key`, an unreferenced block that already has that content is taken in its place (its prefix
+        was lost, or its last token must be computed again), so that a content is never cached twice.
+        """
+        self.allocated += 1
+        if key is not None and (same := self._index.get(key)) is not None and same.refs == 0:
+            self._reference(same, now)
+            self._link(same, None, now)
+            return same
+        block = self._free.popleft() if self._free else self.evict(now)
+        block.refs = 1
+        return block
+
+    def publish(
+        self, block: Block, parent: Block | None, keys: Sequence[bytes], depth: int, now: int
+    ) -> None:
+        """Make a held block findable as content `keys[depth + 1]`; the first holder of a content wins.
+
+        `parent` is the block before it in the same table.
+        """
+        if not block.key:
+            if keys[depth + 1] in self._index:
+                return
+            block.key, block.depth = keys[depth + 1], depth
+            self._index[block.key] = block
+            self._eviction.on_cached(block, now)
+        # Only a parent in the same table is linked: it stays held as long as its child is. (It is another
+        # block where somebody else published the parent's content first.)
+        if self._leaf_only and parent is not None and parent.key == keys[depth]:
+            self._link(block, parent, now)
+
+    def release(self, chain: Sequence[Block], now: int) -> None:
+        """Let go of a request's blocks, given in chain order; the tail goes first."""
+        for block in reversed(chain):
+            block.refs -= 1
+            if block.refs:
+                continue
+            self.released += 1
+            block.used = self.released
+            if block.key:
+                self.cached += 1
+                self._maybe_candidate(block, now)
+            else:
+                self._free.append(block)
+
+    def evict(self, now: int) -> Block:
+        """Give up the eviction policy's victim and return it empty."""
+        victim = self._eviction.victim(now)
+        block = self._blocks[victim] if isinstance(victim, int) and 0 <= victim < self.total else None
+        if block is None or not block.candidate:
+            raise PolicyError(
+                f"eviction policy '{type(self._eviction).__name__}' chose block {victim!r}, which is not a "
+                f"candidate ({block!r}); expected one announced by on_evictable and not pinned or dropped since"
+            )
+        self.evicted += 1
+        self.cached -= 1
+        self._forget(block, now)
+        return block
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _reference(self, block: Block, now: int) -> None:
+        block.refs += 1
+        if block.refs == 1:
+            self.cached -= 1
+            if block.candidate:
+                block.candidate = False
+                self._eviction.on_pinned(block, now)
+
+    def _maybe_candidate(self, block: Block, now: int) -> None:
+        if not (self._leaf_only and block.children):
+            block.candidate = True
+            self._eviction.on_evictable(block, now)
+
+    def _forget(self, block: Block, now: int) -> None:
+        del self._index[block.key]
+        block.candidate = False
+        self._eviction.on_dropped(block, now)
+        block.key, block.children = b"", 0
+        self._link(block, None, now)
+
+    def _link(self, block: Block, parent: Block | None, now: int) -> None:
+        """Set a block's cached parent; one that loses its last child may become a candidate."""
+        before, block.parent = block.parent, parent
+        if parent is not None:
+            parent.children += 1
+        if before is not None:
+            before.children -= 1
+            if before.refs == 0 and not before.candidate:
+                self._maybe_candidate(before, now)
+
+    def check(self, tables: Sequence[Sequence[Block]]) -> None:
+        """Conservation, against the block tables of every live request. Raises AssertionError with the facts."""
+        expected: dict[BlockId, int] = {}
+        for table in tables:
+            for block in table:
+                expected[block.id] = expected.get(block.id, 0) + 1
+        held = cached = 0
+        for block in self._blocks:
+            wanted = expected.get(block.id, 0)
+            assert block.refs == wanted, f"{block} is in {wanted} block tables"
+            held += block.refs > 0
+            cached += block.refs == 0 and bool(block.key)
+            assert not block.key or self._index[block.key] is block, f"{block} is not what the index finds"
+            leaf = block.refs == 0 and bool(block.key) and not (self._leaf_only and block.children)
+            assert block.candidate == leaf, f"{block}: candidate is {block.candidate}, expected {leaf}"
+        assert self.cached == cached, f"{cached} blocks are cached, the pool counts {self.cached}"
+        assert len(self._free) + cached + held == self.total, (
+            f"free {len(self._free)} + cached {cached} + held {held} != {self.total}"
+        )
+        assert len(self._index) == sum(bool(block.key) for block in self._blocks)

@@ -1,0 +1,1 @@
+"""Admission: whether a request enters at all."""

@@ -1,0 +1,1 @@
+"""Eviction: which reusable KV block goes when room is needed."""

@@ -1,0 +1,1 @@
+"""Scheduling: who gets how many tokens of the next step."""

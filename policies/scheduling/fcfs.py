@@ -1,0 +1,23 @@
+"""fcfs: first come, first served, with continuous batching and chunked prefill.
+
+Rule: running requests first, in order of admission (a decode takes one token, an unfinished prompt its next
+chunk); then waiting ones by arrival, until the first that doesn't fit; none in a step that preempted. When
+KV runs short the last admitted is preempted. A running request's demand never grows, so whoever was
+admitted keeps being served: decodes can't starve behind prompts.
+Origin: the unified token budget of vLLM v1's scheduler (Orca, OSDI'22, for iteration-level batching).
+Wins: simple, nobody starves. Loses: a long prompt at the head blocks short ones; lengths of high variance.
+Cost: O(running) a step, O(log waiting) an admission.
+"""
+
+from __future__ import annotations
+
+from lab.policy import Step
+from policies.scheduling.common import QueueingPolicy, run_in_order
+
+
+class Fcfs(QueueingPolicy):
+    """The baseline."""
+
+    def schedule(self, step: Step) -> None:
+        if run_in_order(step, list(step.running.values())):
+            self.admit_while_it_fits(step)

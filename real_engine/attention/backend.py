@@ -1,0 +1,64 @@
+"""The seam where attention kernels plug in. Data plane; request path.
+
+A step has one `PackedBatch`: the tokens of all its requests one after another, prompt chunks and single
+decode tokens alike. A backend looks at it once (`prepare`) and is then called once per layer. The metadata is
+what flash-attn's varlen functions take, so a GPU backend needs no translation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from real_engine.kv_memory import KvMemory
+
+IntArray = NDArray[np.signedinteger[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One step's tokens, on the host. `S` sequences (in plan order), `T` tokens in all."""
+
+    token_ids: IntArray
+    """int64 `[T]`."""
+    positions: IntArray
+    """int64 `[T]`: place of each token in its sequence."""
+    cu_seqlens_q: IntArray
+    """int32 `[S + 1]`: sequence i's new tokens are rows `cu_seqlens_q[i] .. cu_seqlens_q[i + 1]`."""
+    seqlens_k: IntArray
+    """int32 `[S]`: tokens sequence i attends to, the new ones included. Its last row is at `seqlens_k[i] - 1`."""
+    block_table: IntArray
+    """int32 `[S, most blocks]`: cache blocks of each sequence, in order, padded with block 0."""
+    slot_mapping: IntArray
+    """int64 `[T]`: where each token's key and value go, as block * block_size + offset."""
+    sample_rows: IntArray
+    """int64: rows whose logits are wanted, in plan order."""
+
+
+class PreparedAttention(Protocol):
+    """Attention of one step."""
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store `k`, `v` `[T, kv_heads, head_dim]` at their slots, then attend with `q` `[T, heads, head_dim]`.
+
+        All of the layer's keys and values are stored before any is read: a sequence may have a block in its
+        table that another sequence of the same step fills. Gives `[T, heads * head_dim]`.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    """A way to compute causal attention over the paged cache."""
+
+    name: str
+    """As run manifests write it down; results differ in speed by several times between backends."""
+    block_size_multiple: int
+    """Block sizes must be a multiple of this (1 for any; flash-attn 2 needs 256)."""
+
+    def prepare(self, batch: PackedBatch, memory: KvMemory) -> PreparedAttention:
+        """Do everything that is the same for all layers."""
+        ...

@@ -1,0 +1,55 @@
+"""The real engine as a backend: model, threads, KV memory, stepped clock. Data plane."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from lab.backend import Backend, Progress, kv_blocks
+from lab.config import Config, cache_dir
+from lab.console import Console
+from lab.control.core import EngineCore
+from lab.control.executor import Capacity
+from lab.control.gateway import Gateway
+from lab.control.request import Request
+from lab.errors import ModelError
+from real_engine.driver import SteppedRun
+
+
+class RealBackend:
+    """Implements `lab.backend.Backend`."""
+
+    name: Literal["real"] = "real"
+    clock: Literal["stepped"] = "stepped"
+    evidence: Literal["measured"] = "measured"
+
+    def __init__(self, executor: Any, about: Mapping[str, Any]) -> None:
+        self.executor = executor
+        self.capacity: Capacity = executor.capacity
+        self.about = about
+
+    def drive(
+        self, gateway: Gateway, core: EngineCore, requests: Sequence[Request], progress: Progress
+    ) -> SteppedRun:
+        return SteppedRun(gateway, core, self.executor, requests, progress)
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealBackend:
+    """Load the model and make room for its KV cache. Raises `ModelError`, `ExecutorError`."""
+    if find_spec("torch") is None:
+        raise ModelError(
+            "the real engine needs torch, which isn't installed: pip install 'diptych[engine]' (or backend=sim)"
+        )
+    from real_engine.executor import TorchExecutor
+    from real_engine.models.loading import load_model
+    from real_engine.models.spec import ModelSpec
+
+    spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads)
+    model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
+    executor = TorchExecutor(model, blocks=kv_blocks(cfg), block_size=cfg.kv.block_size)
+    return RealBackend(executor, executor.about)

@@ -1,0 +1,109 @@
+"""The real data plane: executes a plan with torch. Data plane; request path (its tables: state path).
+
+`execute` is the whole of it: prepare (what the plan says, as arrays), forward (logits), sample (tokens). The
+three are timed back to back, so they add up to what the call takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter_ns
+
+import torch
+from torch import Tensor
+
+from lab.control.executor import Capacity
+from lab.control.plan import StepPlan, StepResult
+from lab.control.request import RequestId
+from lab.errors import ExecutorError
+from real_engine.attention.backend import AttentionBackend
+from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.linear import packed_available
+from real_engine.models.loading import LoadedModel
+from real_engine.sampler import sample
+from real_engine.sequences import Sequences
+
+
+class TorchExecutor:
+    """Implements `lab.control.executor.Executor`.
+
+    `attention` defaults to plain torch. With `keep_logits`, `logits` holds the float32 logits `[vocab]` that
+    each request of the last step sampled from: for tests and analyses that look behind the tokens.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        blocks: int,
+        block_size: int = 16,
+        attention: AttentionBackend | None = None,
+        keep_logits: bool = False,
+    ) -> None:
+        """Allocates the KV cache. Raises `ExecutorError` when it doesn't fit, or its block size doesn't suit."""
+        self._attention = attention or TorchAttention()
+        if block_size % self._attention.block_size_multiple:
+            raise ExecutorError(
+                f"attention '{self._attention.name}' needs a block size that is a multiple of "
+                f"{self._attention.block_size_multiple}; kv.block_size is {block_size}"
+            )
+        config = model.config
+        self.capacity = Capacity(blocks, block_size, config.max_context, config.vocab_size)
+        self.logits: dict[RequestId, Tensor] = {}
+        self._keep_logits = keep_logits
+        self._model = model
+        self._memory = KvMemory(KvShape.of(config, model.dtype, block_size), blocks)
+        self._sequences = Sequences(
+            blocks=blocks,
+            block_size=block_size,
+            max_context=config.max_context,
+            vocab_size=config.vocab_size,
+        )
+        self._closed = False
+
+    @property
+    def about(self) -> Mapping[str, object]:
+        """What a run's manifest should say of this data plane: results compare only where these are equal."""
+        return {
+            "model": self._model.spec.name,
+            "dtype": self._model.spec.dtype,
+            "attention": self._attention.name,
+            "linear": "onednn-packed" if packed_available() else "torch",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "kv_bytes": self._memory.nbytes,
+        }
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's tokens. Raises `ExecutorError` for a plan that can't be executed."""
+        started = perf_counter_ns()
+        if self._closed:
+            raise ExecutorError(f"step {plan.index}: the executor is closed")
+        self._sequences.apply(plan)
+        self.logits.clear()
+        if not plan.work:
+            return StepResult((), prepare_ns=perf_counter_ns() - started)
+        with torch.inference_mode():
+            batch, names, params, positions = self._sequences.pack(plan)
+            attention = self._attention.prepare(batch, self._memory)
+            prepared = perf_counter_ns()
+            logits = self._model.decoder.forward(batch, attention)
+            forwarded = perf_counter_ns()
+            tokens, logprobs = sample(logits, names, params, positions)
+        for row, (name, token) in enumerate(zip(names, tokens, strict=True)):
+            self._sequences.append(name, token)
+            if self._keep_logits:
+                self.logits[name] = logits[row]
+        return StepResult(
+            tuple(tokens),
+            prepare_ns=prepared - started,
+            forward_ns=forwarded - prepared,
+            sample_ns=perf_counter_ns() - forwarded,
+            logprobs=logprobs,
+        )
+
+    def close(self) -> None:
+        """Give back the KV cache. May be called twice."""
+        self._closed = True
+        self._memory.free()

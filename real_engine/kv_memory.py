@@ -1,0 +1,115 @@
+"""The paged KV cache's memory. Data plane; state path.
+
+One key and one value tensor a layer, `[blocks, block_size, kv_heads, head_dim]`: the layout flash-attn and
+vLLM's kernels take too. Which block holds what is the control plane's business (`lab/state/blocks.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lab.errors import ExecutorError
+from real_engine.models.config import DecoderConfig
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """How much one block holds."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: DecoderConfig, dtype: torch.dtype, block_size: int) -> KvShape:
+        return cls(config.layers, config.kv_heads, config.head_dim, block_size, dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: keys and values, all layers."""
+        return 2 * self.layers * self.block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def blocks_in(self, memory: int) -> int:
+        """Blocks that fit `memory` bytes."""
+        return max(0, memory) // self.block_bytes
+
+
+class KvMemory:
+    """Keys and values of all layers. `keys[layer]` is `[blocks, block_size, kv_heads, head_dim]`."""
+
+    def __init__(self, shape: KvShape, blocks: int) -> None:
+        """Allocate. Raises `ExecutorError`, saying how many blocks would fit."""
+        if blocks < 1 or shape.block_size < 1:
+            raise ExecutorError(
+                f"the KV cache is to have {blocks} blocks of {shape.block_size} tokens; expected at least 1 of each"
+            )
+        self.shape, self.blocks = shape, blocks
+        needed, available = blocks * shape.block_bytes, available_memory()
+        if available is not None and needed > available:
+            raise _too_large(shape, blocks, available)
+        size = (blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        try:
+            # Zeros and not just memory: a masked position has weight 0, and 0 times a NaN left there is NaN.
+            self.keys: list[Tensor] = [torch.zeros(size, dtype=shape.dtype) for _ in range(shape.layers)]
+            self.values: list[Tensor] = [torch.zeros(size, dtype=shape.dtype) for _ in range(shape.layers)]
+        except (RuntimeError, MemoryError) as error:
+            self.free()
+            raise _too_large(shape, blocks, available) from error
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks * self.shape.block_bytes
+
+    def free(self) -> None:
+        """Give the memory back; the cache can't be used afterwards. May be called twice."""
+        self.keys, self.values = [], []
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take: the machine's available memory within the cgroup's limit.
+
+    None where the system doesn't say. Linux grants memory it doesn't have, so asking first is the only way
+    to a sentence instead of a killed process.
+    """
+    limits = [_meminfo(), _cgroup()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _too_large(shape: KvShape, blocks: int, available: int | None) -> ExecutorError:
+    message = (
+        f"a KV cache of {blocks} blocks of {shape.block_size} tokens needs "
+        f"{blocks * shape.block_bytes / _GIB:.2f} GiB"
+    )
+    if available is None:
+        return ExecutorError(f"{message}, more than there is; set kv.blocks lower")
+    return ExecutorError(
+        f"{message} and {available / _GIB:.2f} GiB of memory is available: at most "
+        f"{shape.blocks_in(available)} blocks fit (kv.blocks)"
+    )
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _cgroup() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2 here, or "max": no limit
+        return None

@@ -1,0 +1,107 @@
+"""The forward pass of a Llama-family decoder over packed tokens. Data plane; request path.
+
+One function per layer and no modules: the three projections of attention are one product, gate and up
+another, and nothing is padded. Each step gives logits only for the rows that sample, since the head over a
+large vocabulary costs as much as several layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from real_engine.attention.backend import PackedBatch, PreparedAttention
+from real_engine.models.config import DecoderConfig
+from real_engine.models.linear import Linear
+from real_engine.models.rope import RopeTable, rotate
+from real_engine.models.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    """`[heads + kv_heads, head_dim]`: the norm's weight for each query and key head."""
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Weights in memory, ready to compute. Made under `torch.inference_mode`; holds no state between steps."""
+
+    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> None:
+        """Raises `ModelError` for a tensor that is missing or of another shape."""
+        self.config, self.dtype = config, dtype
+        self._weights = weights
+        c = config
+        self._embedding = self._take("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        self._layers = [self._layer(f"model.layers.{i}") for i in range(c.layers)]
+        self._norm = self._take("model.norm.weight", c.hidden_size)
+        head = (
+            self._embedding
+            if c.tied_embeddings
+            else self._take("lm_head.weight", c.vocab_size, c.hidden_size)
+        )
+        self._head = Linear(head)
+        self._rope = RopeTable(c.rope, c.head_dim, c.max_context, dtype)
+        del self._weights
+
+    def forward(self, batch: PackedBatch, attention: PreparedAttention) -> Tensor:
+        """Float32 logits of the rows that sample, `[rows, vocab_size]`; keys and values go into the cache."""
+        c = self.config
+        rotated = c.heads + c.kv_heads
+        x = self._embedding[torch.from_numpy(batch.token_ids)]  # [tokens, hidden]
+        cos, sin = self._rope.at(torch.from_numpy(batch.positions))
+        for number, layer in enumerate(self._layers):
+            qkv = layer.qkv(self._rms(x, layer.attention_norm)).view(len(x), -1, c.head_dim)
+            qk, v = qkv[:, :rotated], qkv[:, rotated:]  # [tokens, heads, head_dim]
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * layer.qk_norm
+            qk = rotate(qk, cos, sin)
+            attended = attention.forward(number, qk[:, : c.heads], qk[:, c.heads :], v)
+            x = layer.output(attended).add_(x)
+            gate, up = layer.gate_up(self._rms(x, layer.mlp_norm)).chunk(2, -1)
+            x = layer.down(F.silu(gate).mul_(up)).add_(x)
+        last = x[torch.from_numpy(batch.sample_rows)]
+        return self._head(self._rms(last, self._norm)).float()
+
+    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
+
+    def _take(self, name: str, *shape: int) -> Tensor:
+        return self._weights.take(name, *shape).to(self.dtype)
+
+    def _layer(self, prefix: str) -> _Layer:
+        c = self.config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        qkv = [(f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv)]
+        gate_up = [(f"{mlp}.gate_proj", c.intermediate_size), (f"{mlp}.up_proj", c.intermediate_size)]
+        qk_norm: Tensor | None = None
+        if c.qk_norm:
+            query, key = (
+                self._take(f"{attention}.{name}.weight", c.head_dim) for name in ("q_norm", "k_norm")
+            )
+            qk_norm = torch.cat((query.expand(c.heads, -1), key.expand(c.kv_heads, -1)))
+        return _Layer(
+            attention_norm=self._take(f"{prefix}.input_layernorm.weight", c.hidden_size),
+            qkv=self._linear(qkv, c.hidden_size, c.qkv_bias),
+            qk_norm=qk_norm,
+            output=self._linear([(f"{attention}.o_proj", c.hidden_size)], q, c.output_bias),
+            mlp_norm=self._take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
+            gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias),
+            down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+        )
+
+    def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:
+        """Several projections of the same input as one product, their rows one after another."""
+        weight = torch.cat([self._take(f"{name}.weight", rows, inputs) for name, rows in parts])
+        if not bias:
+            return Linear(weight)
+        return Linear(weight, torch.cat([self._take(f"{name}.bias", rows) for name, rows in parts]))

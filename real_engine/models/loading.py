@@ -1,0 +1,123 @@
+"""From a `ModelSpec` to a decoder in memory. Data plane; state path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lab.errors import ModelError, UnknownNameError
+from real_engine.models import smollm2, tiny
+from real_engine.models.config import DecoderConfig, parse_config, read_config
+from real_engine.models.decoder import Decoder
+from real_engine.models.spec import ModelSpec
+from real_engine.models.weights import CheckpointWeights, TensorWeights, Weights
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A decoder ready to compute, and where it came from."""
+
+    spec: ModelSpec
+    decoder: Decoder
+    path: Path | None
+    """Its checkpoint; None for `tiny`."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.decoder.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.dtype
+
+    def tokenizer(self) -> Tokenizer:
+        """The `tokenizers` library's own, without transformers' seconds of import. Raises `ModelError` if none.
+
+        Read now: keep what you get.
+        """
+        from tokenizers import Tokenizer
+
+        file = None if self.path is None else self.path / "tokenizer.json"
+        if file is None or not file.exists():
+            raise ModelError(f"model '{self.spec.name}' has no tokenizer (tokenizer.json)")
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(f"'{file}' isn't a readable tokenizer: {error}") from error
+
+
+def load_model(
+    spec: ModelSpec, *, cache_dir: Path, notify: Callable[[str], None] = lambda message: None
+) -> LoadedModel:
+    """Find, convert or download, check and load. `notify` hears of what takes long.
+
+    `cache_dir` keeps what was converted. Raises `ModelError`, or `UnknownNameError` for a name that is neither
+    built in, nor a directory, nor of the form of a hub id.
+    """
+    if spec.dtype not in _DTYPES:
+        raise ModelError(f"model dtype is '{spec.dtype}'; expected one of {', '.join(_DTYPES)}")
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    weights: Weights
+    if spec.path is None and spec.name == "tiny":
+        directory, config = None, parse_config(tiny.CONFIG, "the model 'tiny'")
+        weights = TensorWeights(tiny.tiny_weights(spec.seed), "the model 'tiny'")
+    else:
+        directory = _directory(spec, cache_dir, notify)
+        config, weights = read_config(directory), CheckpointWeights(directory)
+    with torch.inference_mode():
+        decoder = Decoder(config, weights, _DTYPES[spec.dtype])
+    return LoadedModel(spec, decoder, directory)
+
+
+def _directory(spec: ModelSpec, cache_dir: Path, notify: Callable[[str], None]) -> Path:
+    """The checkpoint directory that `spec` means."""
+    if spec.path is None and spec.name == "smollm2":
+        return smollm2.checkpoint(cache_dir, notify)
+    place = spec.path if spec.path is not None else Path(spec.name).expanduser()
+    if place.is_dir():
+        return place
+    if spec.path is not None or spec.name.startswith(("/", "~", ".")):
+        raise ModelError(f"model '{place}' is no directory; expected one with config.json and safetensors")
+    if _HUB_ID.fullmatch(spec.name):
+        return _from_hub(spec.name, notify)
+    raise UnknownNameError("model", spec.name, ("smollm2", "tiny"), "Or a local directory, or a hub id.")
+
+
+def _from_hub(name: str, notify: Callable[[str], None]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ModelError(
+            f"model '{name}' is no directory here, and downloading needs huggingface_hub; "
+            "get it with: pip install 'diptych[engine]'"
+        ) from error
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        # What is here already is used as it is: no network in an experiment that needs none.
+        found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        read_config(found)
+        CheckpointWeights(found)
+        return found
+    except (ModelError, OSError, ValueError):
+        pass  # absent or incomplete: fetch it
+    notify(f"downloading '{name}' ...")
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises a dozen kinds: offline, unknown, gated, disk full
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelError(
+            f"model '{name}' is neither a directory nor downloaded, and the hub couldn't give it "
+            f"({type(error).__name__}: {reason}); get it with: hf download {name}"
+        ) from error

@@ -1,0 +1,148 @@
+"""What the data plane remembers between steps: each request's tokens and block table. Data plane; state path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lab.control.plan import StepPlan, Work
+from lab.control.request import Request, RequestId, SamplingParams
+from lab.errors import ExecutorError
+from real_engine.attention.backend import IntArray, PackedBatch
+
+
+@dataclass(slots=True)
+class _Sequence:
+    request: Request
+    tokens: IntArray
+    """int64, room for prompt and all output; `known` are filled."""
+    known: int
+    table: IntArray
+    """int32, room for all blocks; `held` are filled."""
+    held: int = 0
+    active: bool = False
+
+
+class Sequences:
+    """All requests the data plane knows. Turns a plan into a `PackedBatch`, checking it on the way."""
+
+    def __init__(self, *, blocks: int, block_size: int, max_context: int, vocab_size: int) -> None:
+        self._blocks, self._block_size = blocks, block_size
+        self._max_context, self._vocab_size = max_context, vocab_size
+        self._known: dict[RequestId, _Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Requests that left, lost their blocks, came, and got a fresh table, in this order."""
+        for name in plan.released:
+            self._known.pop(name, None)
+        for name, _how in plan.preempted:
+            sequence = self._find(name, plan, "preempts")
+            sequence.active, sequence.held = False, 0
+        for request in plan.new:
+            self._known[request.id] = self._enter(request, plan)
+        for name in plan.admitted:
+            sequence = self._find(name, plan, "admits")
+            sequence.active, sequence.held = True, 0
+
+    def pack(self, plan: StepPlan) -> tuple[PackedBatch, list[RequestId], list[SamplingParams], list[int]]:
+        """The plan's tokens as one batch, tables extended; and in plan order, of the requests that sample: names,
+        parameters, and the positions that the drawn tokens will have."""
+        work = plan.work
+        sequences = [self._extend(item, plan) for item in work]
+        if len({item.request for item in work}) < len(work):
+            raise ExecutorError(f"step {plan.index} has two work items of one request")
+        size, count = self._block_size, len(work)
+        lengths = np.fromiter((item.tokens for item in work), np.int64, count)
+        starts = np.fromiter((item.start for item in work), np.int64, count)
+        ends = np.cumsum(lengths)
+        firsts = ends - lengths
+        needed = -(-(starts + lengths) // size)
+        table = np.zeros((count, int(needed.max())), np.int32)
+        for row, (sequence, used) in enumerate(zip(sequences, needed.tolist(), strict=True)):
+            table[row, :used] = sequence.table[:used]
+        token_ids = np.concatenate(
+            [s.tokens[w.start : w.start + w.tokens] for s, w in zip(sequences, work, strict=True)]
+        )
+        owner = np.repeat(np.arange(count), lengths)
+        positions = np.arange(int(ends[-1])) - firsts[owner] + starts[owner]
+        samples = np.fromiter((item.samples for item in work), np.bool_, count)
+        cu_seqlens = np.zeros(count + 1, np.int32)
+        cu_seqlens[1:] = ends
+        batch = PackedBatch(
+            token_ids=token_ids,
+            positions=positions,
+            cu_seqlens_q=cu_seqlens,
+            seqlens_k=(starts + lengths).astype(np.int32),
+            block_table=table,
+            slot_mapping=table[owner, positions // size].astype(np.int64) * size + positions % size,
+            sample_rows=(ends - 1)[samples],
+        )
+        drawn = [sequence for item, sequence in zip(work, sequences, strict=True) if item.samples]
+        names = [sequence.request.id for sequence in drawn]
+        return batch, names, [sequence.request.sampling for sequence in drawn], [s.known for s in drawn]
+
+    def append(self, name: RequestId, token: int) -> None:
+        """A generated token becomes known."""
+        sequence = self._known[name]
+        if sequence.known < len(sequence.tokens):  # the last one of all is never fed back
+            sequence.tokens[sequence.known] = token
+        sequence.known += 1
+
+    def _enter(self, request: Request, plan: StepPlan) -> _Sequence:
+        prompt = request.prompt.token_ids(self._vocab_size)
+        room = len(prompt) + request.output_limit - 1
+        tokens = np.zeros(room, np.int64)
+        tokens[: len(prompt)] = prompt
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < self._vocab_size:
+                raise ExecutorError(
+                    f"step {plan.index}: the prompt of request '{request.id}' has token id {token}; expected ids "
+                    f"within 0 .. {self._vocab_size - 1}"
+                )
+        return _Sequence(request, tokens, len(prompt), np.zeros(-(-room // self._block_size), np.int32))
+
+    def _find(self, name: RequestId, plan: StepPlan, verb: str) -> _Sequence:
+        sequence = self._known.get(name)
+        if sequence is None:
+            raise ExecutorError(
+                f"step {plan.index} {verb} request '{name}', and '{name}' is unknown to the data plane"
+            )
+        return sequence
+
+    def _extend(self, item: Work, plan: StepPlan) -> _Sequence:
+        """Append a work item's blocks to its table, and see that the work can be done."""
+        sequence = self._find(item.request, plan, "works on")
+        where = f"step {plan.index}, request '{item.request}'"
+        if not sequence.active:
+            raise ExecutorError(f"{where}: work on a request that isn't admitted")
+        new = len(item.blocks)
+        if new:
+            if min(item.blocks) < 0 or max(item.blocks) >= self._blocks:
+                raise ExecutorError(
+                    f"{where}: block ids {item.blocks} aren't all within 0 .. {self._blocks - 1}"
+                )
+            if sequence.held + new > len(sequence.table):  # more than its tokens need: odd, but no harm
+                sequence.table = np.concatenate((sequence.table, np.zeros(new, np.int32)))
+            sequence.table[sequence.held : sequence.held + new] = item.blocks
+            sequence.held += new
+        end = item.start + item.tokens
+        if item.tokens < 1 or item.start < 0 or end > sequence.known:
+            raise ExecutorError(
+                f"{where}: to compute tokens {item.start} .. {end} of {sequence.known} known ones"
+            )
+        if end > sequence.held * self._block_size:
+            raise ExecutorError(
+                f"{where}: its table holds {sequence.held} blocks of {self._block_size} tokens; the work reaches "
+                f"{end}"
+            )
+        if item.samples and end != sequence.known:
+            raise ExecutorError(f"{where}: samples after token {end}, but {sequence.known} tokens are known")
+        if end > self._max_context:
+            raise ExecutorError(
+                f"{where}: the work reaches token {end}; the model's longest context is {self._max_context}"
+            )
+        return sequence

@@ -1,0 +1,211 @@
+"""The simulator as a backend: which cost model, what capacity, and re-simulation of recorded runs. Data plane."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lab.assembly import EngineSpec
+from lab.backend import Backend, Progress, kv_blocks
+from lab.config import Config, cache_dir
+from lab.console import Console
+from lab.control.core import EngineCore
+from lab.control.executor import Capacity
+from lab.control.gateway import Gateway
+from lab.control.request import Request
+from lab.errors import ReplayError
+from sim.cost.linear import FORMAT, LinearCost
+from sim.cost.model import CostModel
+from sim.cost.replay import RecordedCost
+from sim.driver import Simulation
+from sim.executor import SimExecutor
+
+if TYPE_CHECKING:
+    from lab.analysis.runs import Run
+
+REFERENCE = Path(__file__).parent / "cost" / "reference.json"
+"""Coefficients measured on a reference machine, for when this one hasn't been measured."""
+
+NOISY_PCT = 50.0
+"""A calibration whose repeats lie further apart than this (median over shapes) is not kept."""
+
+
+class SimBackend:
+    """Implements `lab.backend.Backend`."""
+
+    name: Literal["sim"] = "sim"
+    clock: Literal["virtual"] = "virtual"
+
+    def __init__(
+        self,
+        cost: CostModel,
+        capacity: Capacity,
+        evidence: Literal["modelled", "replayed"],
+        about: Mapping[str, Any],
+    ) -> None:
+        self.evidence, self.about, self.capacity = evidence, about, capacity
+        self.cost = cost
+        self.executor = SimExecutor(cost, capacity)
+
+    def drive(
+        self, gateway: Gateway, core: EngineCore, requests: Sequence[Request], progress: Progress
+    ) -> Simulation:
+        return Simulation(gateway, core, self.executor, requests, progress)
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
+    """A simulator for this configuration: replayed durations, or the fit that belongs to the real engine."""
+    if cfg.cost.name == "replay":
+        from lab.analysis.runs import load
+
+        assert cfg.cost.path is not None  # validated
+        recorded = load(cfg.cost.path)
+        capacity = beside.capacity if beside is not None else recorded_capacity(recorded)
+        about: dict[str, Any] = {"cost": "replay", "recorded": recorded.path.name, "model": cfg.model.name}
+        return SimBackend(recorded_cost(recorded), capacity, "replayed", about)
+    cost = _fitted(cfg, console, beside)
+    capacity = beside.capacity if beside is not None else _capacity(cfg, cost)
+    about = {
+        "cost": "fitted",
+        "calibration": dict(cost.measured_on),
+        "model": cfg.model.name,
+        "dtype": cfg.model.dtype,
+    }
+    return SimBackend(cost, capacity, "modelled", about)
+
+
+def recorded_cost(run: Run) -> RecordedCost:
+    """The durations of a recorded run as a cost model."""
+    steps = run.step_records()
+    return RecordedCost(
+        [step.plan.digest for step in steps],
+        [step.timing for step in steps],
+        [(step.prefill_tokens, step.decode_tokens, step.context_tokens) for step in steps],
+    )
+
+
+def recorded_capacity(run: Run) -> Capacity:
+    """The data plane's capacity as the run wrote it down."""
+    try:
+        return Capacity(**run.environment["capacity"])
+    except (KeyError, TypeError) as error:
+        raise ReplayError(f"run '{run.path}' doesn't say its capacity in environment.json") from error
+
+
+def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
+    """Run b's workload, configuration and policies with a's step durations, into run directory `out`.
+
+    With b = a (or equal in all but durations) this is the parity test: the plan digests must be a's.
+    """
+    import yaml
+
+    from lab.analysis.runs import load
+    from lab.session import Side, run_side
+
+    config = dict(run_b.config)
+    capacity = recorded_capacity(run_b)
+    backend = SimBackend(
+        recorded_cost(run_a), capacity, "replayed", {"cost": "replay", "recorded": run_a.path.name}
+    )
+    side = Side(
+        backend=backend,
+        spec=EngineSpec.of(config),
+        requests=run_b.workload(),
+        config_text=yaml.safe_dump({**config, "backend": "sim"}, sort_keys=False),
+        model=str(config.get("model", {}).get("name", "")),
+    )
+    run_side(side, out, None)
+    return load(out)
+
+
+def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
+    """Where the fit for this machine, model, dtype, threads and step limits is kept."""
+    key = {
+        "format": FORMAT,
+        "machine": [platform.node(), platform.machine(), _cpu()],
+        "model": cfg.model.name,
+        "dtype": cfg.model.dtype,
+        "threads": cfg.engine.threads,
+        "engine": [cfg.engine.token_budget, cfg.engine.max_seqs],
+        "kv": [cfg.kv.block_size],
+    }
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+    name = "".join(c if c.isalnum() else "-" for c in Path(cfg.model.name).name)
+    return cache_dir(cfg, environment) / "calibration" / f"{name}-{cfg.model.dtype}-{digest}.json"
+
+
+def _fitted(cfg: Config, console: Console, beside: Backend | None) -> LinearCost:
+    import os
+
+    path = calibration_file(cfg, os.environ)
+    if path.exists() and not cfg.cost.recalibrate:
+        return LinearCost.load(path)
+    if beside is None:
+        if cfg.cost.recalibrate:
+            console.say("cost.recalibrate=true needs the real engine: use backend=both. Using what is there.")
+            if path.exists():
+                return LinearCost.load(path)
+        console.say(
+            "This machine has no calibration for this model: step times come from the reference machine "
+            "(backend=both measures this one)."
+        )
+        return LinearCost.load(REFERENCE)
+    cost = _calibrate(cfg, console, beside)
+    spread = cost.measured_on["quality"]["repeat_spread_pct"]
+    if spread > NOISY_PCT:
+        console.say(
+            f"The machine was too busy to be measured well: equal batches took up to {spread:.0f} % longer from one "
+            "time to the next. This calibration is used now and not kept."
+        )
+        return cost
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(cost.to_json(), encoding="utf-8")
+    temporary.replace(path)
+    return cost
+
+
+def _calibrate(cfg: Config, console: Console, beside: Backend) -> LinearCost:
+    from sim.calibrate import calibrate
+
+    spec = EngineSpec.of(asdict(cfg))
+    about = {**beside.about, "cpu": _cpu(), "capacity": asdict(beside.capacity)}
+    with console.progress("Calibrating", 100) as update:
+        cost = calibrate(
+            beside.executor,
+            spec.create("policy"),
+            spec.create("eviction"),
+            spec.limits,
+            about=about,
+            notify=lambda done, total, what: update(round(100 * done / total), what),
+        )
+    quality = cost.measured_on["quality"]
+    console.say(
+        f"Calibrated on {quality['grid_shapes']} batch shapes: mean error {quality['grid_error_pct']['mean_abs']} % "
+        f"on them, {quality['holdout_error_pct']['mean_abs']} % on {quality['holdout_steps']} steps it never saw."
+    )
+    return cost
+
+
+def _capacity(cfg: Config, cost: LinearCost) -> Capacity:
+    known = cost.measured_on.get("capacity", {})
+    return Capacity(
+        kv_blocks(cfg),
+        cfg.kv.block_size,
+        int(known.get("max_context", 8192)),
+        int(known.get("vocab_size", 49152)),
+    )
+
+
+def _cpu() -> str:
+    from lab.observe.environment import cpu_model
+
+    return cpu_model()

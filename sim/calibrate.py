@@ -1,0 +1,224 @@
+"""Fit the simulator's cost model to an executor: measure a grid of batch shapes, then a short real workload.
+
+The grid drives the data plane alone with plans made by hand, so that every shape is measured on purpose. The
+short workload goes through the real control plane: it gives the planning and commit times, and, since the
+fit never sees its forward passes, an honest first estimate of the error. Data plane.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lab.control.clock import MeasuredControl
+from lab.control.core import EngineCore
+from lab.control.executor import Executor
+from lab.control.loop import serve
+from lab.control.observer import Observer, StepRecord
+from lab.control.plan import GENESIS, StepPlan, StepResult, Work
+from lab.control.request import Prompt, Request, Segment, stream_of
+from lab.control.step import Limits
+from lab.errors import ConfigError
+from lab.policy import EvictionPolicy, SchedulingPolicy
+from sim.cost.linear import LinearCost
+from sim.cost.model import Batch
+
+Notify = Callable[[int, int, str], None]
+"""Called with (done, total, what) as calibration goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A batch to measure: decodes of about one context, and prompt chunks of (start, tokens) each."""
+
+    decodes: int = 0
+    context: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()
+
+    def contexts(self) -> list[int]:
+        """The decodes' contexts: from a quarter to seven quarters of `context`, as uneven as in a real batch.
+
+        Equal contexts, or whole blocks, would need no padding, and measure a case that never happens.
+        """
+        if self.decodes == 1:
+            return [self.context + 3]
+        step = 1.5 * self.context / max(1, self.decodes - 1)
+        return [self.context // 4 + round(step * i) + 3 for i in range(self.decodes)]
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + sum(tokens for _, tokens in self.chunks)
+
+    def label(self) -> str:
+        parts = [f"{self.decodes} decodes at about {self.context}"] if self.decodes else []
+        parts += (
+            [f"{len(self.chunks)} x {self.chunks[0][1]} prompt tokens at {self.chunks[0][0]}"]
+            if self.chunks
+            else []
+        )
+        return " + ".join(parts)
+
+
+def grid(limits: Limits, max_context: int) -> list[Shape]:
+    """Shapes around what an engine with these limits runs, smallest first."""
+    budget, seqs = limits.token_budget, limits.max_seqs
+    shapes = [Shape(b, c) for b in (1, 2, 4, 8, 16, 32) for c in (32, 128, 384, 1024)]
+    shapes += [Shape(chunks=((s, n),)) for n in (16, 48, 128, 256, 512) for s in (0, 256)]
+    shapes += [Shape(chunks=((0, n),) * k) for k, n in ((2, 64), (4, 64), (4, 128))]
+    shapes += [Shape(b, 256, ((0, n),)) for b in (2, 8, 24) for n in (32, 128, 384)]
+
+    def fits(shape: Shape) -> bool:
+        reach = max([*shape.contexts(), *(start + tokens for start, tokens in shape.chunks)])
+        return shape.tokens <= budget and shape.decodes + len(shape.chunks) <= seqs and reach <= max_context
+
+    return [shape for shape in shapes if fits(shape)]
+
+
+class _Grid:
+    """Makes plans for shapes by hand and times them."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._count = 0
+        self._gone: tuple[str, ...] = ()
+
+    def measure(self, shape: Shape) -> tuple[StepPlan, StepResult]:
+        capacity = self._executor.capacity
+        size = capacity.block_size
+        requests: list[Request] = []
+        works: list[Work] = []
+        taken = 0
+        items = [(context - 1, 1) for context in shape.contexts()] + list(shape.chunks)
+        for start, tokens in items:
+            self._count += 1
+            name = f"calibration-{self._count}"
+            prompt = Prompt((Segment(stream_of(name), 0, start + tokens),))
+            blocks = tuple((taken + i) % capacity.blocks for i in range(-(-(start + tokens) // size)))
+            taken += len(blocks)
+            requests.append(Request(id=name, prompt=prompt, output_len=1))
+            works.append(Work(name, start, tokens, True, blocks))
+        names = tuple(request.id for request in requests)
+        # Introduced in a plan of their own: what a newcomer costs is no part of a batch's shape.
+        self._executor.execute(StepPlan(0, 0, (), GENESIS, tuple(requests), names, released=self._gone))
+        self._gone = names
+        plan = StepPlan(0, 0, tuple(works), GENESIS)
+        return plan, self._executor.execute(plan)
+
+    def finish(self) -> None:
+        self._executor.execute(StepPlan(0, 0, (), GENESIS, released=self._gone))
+
+
+class _Steps(Observer):
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def on_step(self, step: StepRecord) -> None:
+        self.records.append(step)
+
+
+def shakedown(
+    executor: Executor, policy: SchedulingPolicy, eviction: EvictionPolicy, limits: Limits
+) -> Iterator[StepRecord]:
+    """Steps of a short mixed workload, through the real control plane."""
+    capacity = executor.capacity
+    steps = _Steps()
+    core = EngineCore(
+        policy,
+        eviction,
+        blocks=capacity.blocks,
+        block_size=capacity.block_size,
+        limits=limits,
+        observer=steps,
+    )
+    count = min(12, limits.max_seqs)
+    longest = min(capacity.max_context, capacity.blocks * capacity.block_size) // 2
+    for i in range(count):
+        stream = stream_of("shakedown", i)
+        prompt = Prompt((Segment(stream, 0, max(1, min(20 + 37 * i % 300, longest))),))
+        core.add(Request(id=f"shakedown-{i}", prompt=prompt, output_len=min(6 + 3 * i, longest)), 0)
+    clock = [0]
+    for wait in serve(core, executor, MeasuredControl(), lambda: clock[0]):
+        clock[0] += max(wait, 0)
+        yield from steps.records
+        steps.records.clear()
+        if not core.has_work:
+            return
+
+
+def calibrate(
+    executor: Executor,
+    policy: SchedulingPolicy,
+    eviction: EvictionPolicy,
+    limits: Limits,
+    *,
+    about: dict[str, Any],
+    repeats: int = 3,
+    notify: Notify = lambda done, total, what: None,
+) -> LinearCost:
+    """Measure and fit. `about` is kept beside the coefficients, with the fit's error in and out of sample."""
+    capacity = executor.capacity
+    shapes = grid(limits, min(capacity.max_context, capacity.blocks * capacity.block_size))
+    if not shapes:
+        raise ConfigError(
+            f"no batch shape to measure fits engine.token_budget={limits.token_budget} and "
+            f"engine.max_seqs={limits.max_seqs} with a context of {capacity.max_context}; make one of them larger"
+        )
+    bench = _Grid(executor)
+    for shape in (shapes[0], shapes[-1]):
+        bench.measure(shape)
+    # Rounds over the whole grid, not repeats of one shape: a noisy second then spoils one sample of many.
+    samples: list[list[tuple[StepPlan, StepResult]]] = [[] for _ in shapes]
+    for round_ in range(repeats):
+        for index, shape in enumerate(shapes):
+            notify(round_ * len(shapes) + index, repeats * len(shapes) + 1, shape.label())
+            samples[index].append(bench.measure(shape))
+    bench.finish()
+    notify(repeats * len(shapes), repeats * len(shapes) + 1, "a short workload")
+    steps = list(shakedown(executor, policy, eviction, limits))
+
+    batches = [Batch.of(runs[0][0]) for runs in samples]
+    timings = {
+        phase: [round(statistics.median(getattr(result, phase) for _, result in runs)) for runs in samples]
+        for phase in ("prepare_ns", "forward_ns", "sample_ns")
+    }
+    timings |= {
+        phase: [_control(steps, phase, batch.seqs) for batch in batches] for phase in ("plan_ns", "commit_ns")
+    }
+    fit = LinearCost.fit(batches, timings, about)
+    measured = [sum(timings[phase][i] for phase in timings) for i in range(len(batches))]
+    predicted = [fit.step_time(runs[0][0]).total_ns for runs in samples]
+    spreads = [_spread([result.duration_ns for _, result in runs]) for runs in samples]
+    quality = {
+        "grid_shapes": len(shapes),
+        "repeat_spread_pct": round(statistics.median(spreads), 1),
+        "grid_error_pct": _errors(predicted, measured),
+        "holdout_steps": len(steps),
+        "holdout_error_pct": _errors(
+            [fit.step_time(step.plan).total_ns for step in steps], [step.timing.total_ns for step in steps]
+        ),
+    }
+    return LinearCost(fit.coefficients, {**about, "quality": quality})
+
+
+def _control(steps: Sequence[StepRecord], phase: str, seqs: int) -> int:
+    """Planning or commit time at a batch size: the median over the workload's steps of nearest size."""
+    sizes = sorted({len(step.plan.work) for step in steps}, key=lambda size: (abs(size - seqs), size))
+    near: list[int] = [getattr(step.timing, phase) for step in steps if len(step.plan.work) in sizes[:2]]
+    return round(statistics.median(near))
+
+
+def _spread(durations: Sequence[int]) -> float:
+    """How far repeats of one shape lie apart, in percent of the fastest."""
+    return (max(durations) - min(durations)) / min(durations) * 100
+
+
+def _errors(predicted: Sequence[int], measured: Sequence[int]) -> dict[str, float]:
+    """Mean absolute and signed relative error, and error of the total, in percent."""
+    relative = [(p - m) / m * 100 for p, m in zip(predicted, measured, strict=True)]
+    return {
+        "mean_abs": round(statistics.fmean(map(abs, relative)), 2),
+        "mean": round(statistics.fmean(relative), 2),
+        "total": round((sum(predicted) - sum(measured)) / sum(measured) * 100, 2),
+    }

@@ -1,0 +1,55 @@
+"""The cost-model interface, and the numbers about a batch that cost models are made of. Data plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from lab.control.plan import StepPlan, StepTiming
+
+
+class CostModel(Protocol):
+    """Durations of a step, from its plan alone."""
+
+    def step_time(self, plan: StepPlan) -> StepTiming:
+        """How long planning, each execution phase, and committing take, in nanoseconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a step's cost depends on. Contexts count the tokens attended to, a token's own included."""
+
+    rows: int
+    """Tokens put through the model."""
+    seqs: int
+    """Requests in the batch."""
+    samples: int
+    """Rows that go through the LM head and the sampler."""
+    decode_context: int
+    """Sum of contexts over single-token items."""
+    decode_padded: int
+    """Single-token items times their longest context: what a padded gather reads."""
+    prefill_pairs: int
+    """Query-key pairs of multi-token items (causal)."""
+    prefill_context: int
+    """Sum of contexts at the end of multi-token items."""
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Batch:
+        rows = samples = decodes = context = longest = pairs = prefill = 0
+        for work in plan.work:
+            n, end = work.tokens, work.start + work.tokens
+            rows += n
+            samples += work.samples
+            if n == 1:
+                decodes += 1
+                context += end
+                longest = max(longest, end)
+            else:
+                pairs += n * work.start + n * (n + 1) // 2
+                prefill += end
+        return cls(rows, len(plan.work), samples, context, decodes * longest, pairs, prefill)
+
+    def as_dict(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,50 @@
+"""Replay: the durations of a recorded run drive the simulation.
+
+While the decisions are the recorded ones (equal digests), each step takes exactly what it took. After a
+divergence there is no recorded duration for a step, so the recorded step of the most similar shape lends its
+own. The first step where that happens is `diverged_at`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lab.control.plan import StepPlan, StepTiming
+from lab.errors import ReplayError
+
+
+class RecordedCost:
+    """Durations by step. `shapes` are (prefill tokens, decode tokens, context tokens) of the recorded steps."""
+
+    def __init__(
+        self, digests: Sequence[str], timings: Sequence[StepTiming], shapes: Sequence[tuple[int, int, int]]
+    ) -> None:
+        if not digests:
+            raise ReplayError("the recorded run has no steps to replay")
+        self._digests, self._timings, self._shapes = digests, timings, shapes
+        self.diverged_at: int | None = None
+
+    def step_time(self, plan: StepPlan) -> StepTiming:
+        index = plan.index
+        if index < len(self._digests) and self._digests[index] == plan.digest:
+            return self._timings[index]
+        if self.diverged_at is None:
+            self.diverged_at = index
+        return self._timings[self._nearest(plan)]
+
+    def parity(self, steps: int) -> bool:
+        """Whether a run of so many steps took exactly the recorded decisions."""
+        return self.diverged_at is None and steps == len(self._digests)
+
+    def _nearest(self, plan: StepPlan) -> int:
+        """The recorded step of least distance in log space; the earliest among equals."""
+        prefill = sum(work.tokens for work in plan.work if work.tokens > 1)
+        decode = sum(work.tokens for work in plan.work if work.tokens == 1)
+        context = sum(work.start + work.tokens for work in plan.work)
+        here = [math.log1p(value) for value in (prefill, decode, context)]
+
+        def distance(index: int) -> float:
+            return sum((a - math.log1p(b)) ** 2 for a, b in zip(here, self._shapes[index], strict=True))
+
+        return min(range(len(self._shapes)), key=distance)

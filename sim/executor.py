@@ -1,0 +1,54 @@
+"""The simulated data plane: a cost model in place of a device. Data plane, state path."""
+
+from __future__ import annotations
+
+from lab.control.executor import Capacity
+from lab.control.plan import StepPlan, StepResult, StepTiming
+from lab.control.request import Request, RequestId, synthetic_token
+from sim.cost.model import CostModel
+
+
+class SimExecutor:
+    """Implements `Executor`, and `ControlTimer` for the control plane's modelled share of each step.
+
+    Tokens carry no meaning here. Where the output length is forced they are 0; otherwise they are drawn
+    from the request's own synthetic text, so that different requests' outputs don't share cache blocks.
+    """
+
+    def __init__(self, cost: CostModel, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self._cost = cost
+        self._unforced: dict[RequestId, Request] = {}
+        self._timing = StepTiming(0, 0, 0, 0, 0)
+
+    def start(self) -> None:
+        """Modelled time needs no stopwatch."""
+
+    def plan_ns(self, plan: StepPlan) -> int:
+        self._timing = self._cost.step_time(plan) if plan else StepTiming(0, 0, 0, 0, 0)
+        return self._timing.plan_ns
+
+    def commit_ns(self, plan: StepPlan) -> int:
+        return self._timing.commit_ns
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for request in plan.new:
+            if request.output_len is None:
+                self._unforced[request.id] = request
+        for name in plan.released:
+            self._unforced.pop(name, None)
+        if self._unforced:
+            tokens = tuple(self._token(work.request, work.start + 1) for work in plan.work if work.samples)
+        else:
+            tokens = (0,) * sum(work.samples for work in plan.work)
+        timing = self._timing
+        return StepResult(tokens, timing.prepare_ns, timing.forward_ns, timing.sample_ns)
+
+    def close(self) -> None:
+        self._unforced.clear()
+
+    def _token(self, name: RequestId, position: int) -> int:
+        request = self._unforced.get(name)
+        if request is None:
+            return 0
+        return synthetic_token(request.output_stream, position, self.capacity.vocab_size)

@@ -1,0 +1,145 @@
+"""Plug-ins by name, by path, from other distributions; the built-in table; the typed schema of each."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from lab import config, plugins
+from lab.errors import ConfigError, PolicyError, UnknownNameError
+from lab.policy import SchedulingPolicy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Installs a distribution (metadata and modules) beside ours."""
+    site = tmp_path / "site"
+    before = set(sys.modules)
+
+    def install(name: str, points: str, **modules: str) -> Path:
+        info = site / f"{name}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(points)
+        (info / "top_level.txt").write_text("\n".join(modules))
+        for module, source in modules.items():
+            (site / f"{module}.py").write_text(source)
+        return site
+
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    yield install
+    for module in set(sys.modules) - before:
+        del sys.modules[module]
+
+
+SOURCE = '''
+from lab.policy import SchedulingPolicy
+
+class Theirs(SchedulingPolicy):
+    """Somebody else's idea."""
+
+    def __init__(self, window: int = 3) -> None:
+        self.window = window
+'''
+
+
+def test_built_in_table_equals_the_entry_points_of_the_distribution() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert declared == {kind.group: dict(kind.builtin) for kind in plugins.KINDS.values()}
+
+
+@pytest.mark.parametrize("kind", [kind for kind, spec in plugins.KINDS.items() if spec.base is not None])
+def test_every_built_in_loads_can_be_made_and_says_what_it_is(kind: str) -> None:
+    for name in plugins.KINDS[kind].builtin:
+        made = plugins.create(kind, name)
+        assert isinstance(made, plugins.load(kind, name))
+        assert plugins.summary(kind, name)
+        assert plugins.provenance(type(made)).startswith("diptych==")
+
+
+def test_another_distribution_adds_names_and_is_only_imported_when_chosen(
+    elsewhere: Callable[..., Path],
+) -> None:
+    elsewhere(
+        "theirs",
+        "[diptych.scheduling]\ntheirs = theirs_ok:Theirs\nbroken = theirs_broken:X\n",
+        theirs_ok=SOURCE,
+        theirs_broken="raise RuntimeError('imported')",
+    )
+    assert {"fcfs", "theirs", "broken"} <= set(plugins.names("policy"))
+    assert plugins.summary("policy", "theirs") == "Somebody else's idea."
+    assert "theirs_ok" not in sys.modules
+    cls = plugins.load("policy", "theirs")
+    assert plugins.create("policy", "theirs", {"window": 9}).window == 9
+    assert plugins.provenance(cls) == "theirs==1.2 theirs_ok:Theirs"
+    with pytest.raises(ConfigError, match=r"RuntimeError: imported \(.*theirs_broken.py:1\)"):
+        plugins.load("policy", "broken")
+
+
+def test_a_name_that_two_distributions_provide_is_refused_naming_both(elsewhere: Callable[..., Path]) -> None:
+    elsewhere("theirs", "[diptych.scheduling]\nfcfs = theirs_two:Theirs\n", theirs_two=SOURCE)
+    with pytest.raises(
+        ConfigError, match=r"provided twice.*policies\.scheduling\.fcfs:Fcfs.*theirs_two:Theirs"
+    ):
+        plugins.load("policy", "fcfs")
+    assert plugins.load("policy", "theirs_two:Theirs").__name__ == "Theirs"
+
+
+def test_a_loose_file_is_read_again_only_when_it_changed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    first = plugins.load("policy", f"{path}:Theirs")
+    assert plugins.load("policy", f"{path}:Theirs") is first
+    path.write_text(SOURCE.replace("= 3", "= 4"))
+    assert plugins.create("policy", f"{path}:Theirs").window == 4
+    assert plugins.provenance(first) == f"{path}:Theirs"
+
+
+def test_parameters_that_do_not_exist_or_are_missing_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE.replace("window: int = 3", "window: int"))
+    with pytest.raises(UnknownNameError, match="did you mean 'window'"):
+        plugins.create("policy", f"{path}:Theirs", {"windw": 1})
+    with pytest.raises(ConfigError, match="needs a value for 'window'"):
+        plugins.create("policy", f"{path}:Theirs")
+
+
+def test_a_constructor_that_raises_is_a_policy_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE + "        raise ValueError('too wide')\n")
+    line = len(path.read_text().splitlines())
+    with pytest.raises(PolicyError, match=rf"ValueError: too wide \(.*mine\.py:{line}\)"):
+        plugins.create("policy", f"{path}:Theirs")
+
+
+class Shaped(SchedulingPolicy):
+    def __init__(
+        self,
+        a: int,
+        b: float = 1,
+        c: str | None = None,
+        d: Literal["x", "y"] = "x",
+        e: list[int] = [1],  # noqa: B006  # a default that must not be shared
+        f: dict[str, SchedulingPolicy] | None = None,
+    ) -> None: ...
+
+
+def test_the_schema_of_a_plug_in_is_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugins.parameters(Shaped)["a"] == (int, inspect.Parameter.empty)
+    monkeypatch.setattr(plugins, "load", lambda kind, name: Shaped)
+    schema = config.choice_schema("policy", "shaped")
+    one: Any = schema()
+    two: Any = schema()
+    assert (one.name, one.a, one.b, one.c, one.d, one.e, one.f) == ("shaped", "???", 1, None, "x", [1], None)
+    one.e.append(2)
+    assert two.e == [1]
+    assert list(config.params(two)) == ["a", "b", "c", "d", "e", "f"]

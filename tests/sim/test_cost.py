@@ -1,0 +1,99 @@
+"""The fitted linear model: it finds what was planted, never rewards more work, reads what it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.control.plan import GENESIS, StepPlan, StepTiming, Work
+from lab.errors import ConfigError
+from sim.backend import REFERENCE
+from sim.cost.linear import FEATURES, PHASES, LinearCost
+from sim.cost.model import Batch
+
+
+def plan(items: list[tuple[int, int]]) -> StepPlan:
+    """A plan of (start, tokens) items, all of which sample."""
+    work = tuple(Work(f"r{i}", start, tokens, True) for i, (start, tokens) in enumerate(items))
+    return StepPlan(0, 0, work, GENESIS)
+
+
+items = st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 200)), min_size=1, max_size=20)
+
+
+@given(items)
+def test_batch_numbers_equal_a_count_token_by_token(work: list[tuple[int, int]]) -> None:
+    batch = Batch.of(plan(work))
+    decodes = [(s, n) for s, n in work if n == 1]
+    chunks = [(s, n) for s, n in work if n > 1]
+    assert batch.rows == sum(n for _, n in work)
+    assert batch.prefill_pairs == sum(s + i + 1 for s, n in chunks for i in range(n))
+    assert batch.decode_context == sum(s + 1 for s, _ in decodes)
+    assert batch.decode_padded == len(decodes) * max((s + 1 for s, _ in decodes), default=0)
+
+
+def test_planted_coefficients_are_found_again() -> None:
+    planted = {"step": 2e6, "rows": 30_000.0, "decode_context": 150.0, "prefill_pairs": 20.0}
+    plans = [plan([(c, 1)] * b) for b in (1, 2, 4, 8, 16) for c in (16, 100, 700)]
+    plans += [plan([(s, n)]) for s in (0, 100, 400) for n in (7, 50, 300)]
+    plans += [plan([(c, 1)] * b + [(0, n)]) for b in (2, 9) for c in (50, 500) for n in (20, 90)]
+    batches = [Batch.of(p) for p in plans]
+    times = [round(sum(v * FEATURES[k](b) for k, v in planted.items())) for b in batches]
+    flat = [1000] * len(batches)
+    timings = {phase: times if phase == "forward_ns" else flat for phase in PHASES}
+    fit = LinearCost.fit(batches, timings, {})
+    for p, expected in zip(plans, times, strict=True):
+        assert fit.step_time(p).forward_ns == pytest.approx(expected, rel=1e-3)
+        assert fit.step_time(p).plan_ns == pytest.approx(1000, rel=1e-3)
+    for name, value in planted.items():
+        assert fit.coefficients["forward_ns"][name] == pytest.approx(value, rel=0.05)
+
+
+@given(items, st.integers(0, 19), st.integers(0, 100), st.integers(0, 50))
+def test_more_tokens_or_context_never_take_less_time(
+    work: list[tuple[int, int]], which: int, context: int, more: int
+) -> None:
+    cost = LinearCost.load(REFERENCE)
+    index = which % len(work)
+    start, tokens = work[index]
+    if tokens == 1:
+        more = 0  # a decode that becomes a chunk is another kernel, and may be cheaper
+    grown = [*work[:index], (start + context, tokens + more), *work[index + 1 :]]
+    assert cost.step_time(plan(grown)).total_ns >= cost.step_time(plan(work)).total_ns
+    assert cost.step_time(plan([*work, (start, tokens)])).total_ns >= cost.step_time(plan(work)).total_ns
+
+
+def test_a_calibration_survives_the_round_trip(tmp_path: Path) -> None:
+    cost = LinearCost.load(REFERENCE)
+    (tmp_path / "fit.json").write_text(cost.to_json())
+    again = LinearCost.load(tmp_path / "fit.json")
+    assert again == cost
+    assert isinstance(again.step_time(plan([(0, 5)])), StepTiming)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "malformed"),
+        ("[]", "malformed"),
+        ("{}", "malformed"),
+        (json.dumps({"format": 99}), "format 99"),
+        (json.dumps({"format": 1, "coefficients_ns": {}, "measured_on": {}}), "malformed"),
+        (
+            json.dumps(
+                {"format": 1, "coefficients_ns": {p: {"magic": 1} for p in PHASES}, "measured_on": {}}
+            ),
+            "unknown features",
+        ),
+    ],
+)
+def test_a_bad_calibration_file_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "fit.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        LinearCost.load(tmp_path / "fit.json")
+    with pytest.raises(ConfigError, match="can't be read"):
+        LinearCost.load(tmp_path / "nothing.json")
