@@ -32,7 +32,7 @@ REFERENCE = Path(__file__).parent / "cost" / "reference.json"
 """Coefficients measured on a reference machine, for when this one hasn't been measured."""
 
 NOISY_PCT = 50.0
-"""A calibration whose repeats lie further apart than this (median over shapes) is not kept."""
+"""A calibration whose repeats lie further apart than this (median over shapes) deserves a warning."""
 
 
 class SimBackend:
@@ -146,31 +146,34 @@ def _fitted(cfg: Config, console: Console, beside: Backend | None) -> LinearCost
     import os
 
     path = calibration_file(cfg, os.environ)
-    if path.exists() and not cfg.cost.recalibrate:
-        return LinearCost.load(path)
-    if beside is None:
+    if path.exists() and not (cfg.cost.recalibrate and beside is not None):
         if cfg.cost.recalibrate:
-            console.say("cost.recalibrate=true needs the real engine: use backend=both. Using what is there.")
-            if path.exists():
-                return LinearCost.load(path)
+            console.say("cost.recalibrate=true measures the real engine, so it needs backend=both.")
+        cost = LinearCost.load(path)
+        _warn_if_noisy(cost, console)
+        return cost
+    if beside is None:
         console.say(
             "This machine has no calibration for this model: step times come from the reference machine "
             "(backend=both measures this one)."
         )
         return LinearCost.load(REFERENCE)
     cost = _calibrate(cfg, console, beside)
-    spread = cost.measured_on["quality"]["repeat_spread_pct"]
-    if spread > NOISY_PCT:
-        console.say(
-            f"The machine was too busy to be measured well: equal batches took up to {spread:.0f} % longer from one "
-            "time to the next. This calibration is used now and not kept."
-        )
-        return cost
+    _warn_if_noisy(cost, console)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(cost.to_json(), encoding="utf-8")
     temporary.replace(path)
     return cost
+
+
+def _warn_if_noisy(cost: LinearCost, console: Console) -> None:
+    spread = cost.measured_on["quality"]["repeat_spread_pct"]
+    if spread > NOISY_PCT:
+        console.say(
+            f"The calibration was made on a busy machine (equal batches took up to {spread:.0f} % longer from one "
+            "time to the next): simulated durations will be off. cost.recalibrate=true measures again."
+        )
 
 
 def _calibrate(cfg: Config, console: Console, beside: Backend) -> LinearCost:

@@ -12,8 +12,10 @@ say, for whoever reads a single table.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from importlib.abc import MetaPathFinder
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -340,11 +342,36 @@ def _arrow(kind: str) -> Any:
     return {"int64": pa.int64, "int32": pa.int32, "double": pa.float64, "bool": pa.bool_}[kind]()
 
 
+class _NoPandas(MetaPathFinder):
+    """An import system in which pandas isn't installed."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname == "pandas":
+            raise ImportError("not now")
+
+
+def _without_pandas() -> None:
+    """Keep pyarrow from importing pandas (half a second) just to ask whether a list is a Series.
+
+    It asks once a process; told that there is none it takes lists as lists. Whoever needs pandas later, such
+    as `to_pandas`, makes it ask again.
+    """
+    import pyarrow as pa
+
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, _NoPandas())
+        try:
+            pa.array([0])
+        finally:
+            del sys.meta_path[0]
+
+
 def _write(path: Path, rows: Iterable[_T], columns: Sequence[_Column[_T]]) -> int:
     """Write rows a row group at a time. OS errors pass through: the caller knows what the file is for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _without_pandas()
     kinds = [_arrow(kind) for _, kind, _ in columns]
     schema = pa.schema(
         [(name, kind) for (name, _, _), kind in zip(columns, kinds, strict=True)],
