@@ -41,7 +41,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "sample_ns": ("step", "samples"),
     "commit_ns": ("step", "seqs"),
 }
-"""Which features may explain which phase."""
+"""Which features may explain which phase, in the order of `StepTiming`."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,24 @@ class LinearCost:
     coefficients: Mapping[str, Mapping[str, float]]
     measured_on: Mapping[str, Any] = field(default_factory=dict)
     """Machine, model, dtype, capacity and fit quality, for people and for the run's record."""
+    _phases: list[list[tuple[float, Feature]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Each phase as (coefficient, feature) pairs, since this runs once for every simulated step.
+        compiled = [
+            [(value, FEATURES[name]) for name, value in self.coefficients[phase].items()] for phase in PHASES
+        ]
+        object.__setattr__(self, "_phases", compiled)
 
     def step_time(self, plan: StepPlan) -> StepTiming:
         batch = Batch.of(plan)
-        return StepTiming(**{phase: self._phase(phase, batch) for phase in PHASES})
-
-    def _phase(self, phase: str, batch: Batch) -> int:
-        terms = self.coefficients[phase].items()
-        return round(sum(value * FEATURES[name](batch) for name, value in terms))
+        times = []
+        for terms in self._phases:
+            total = 0.0
+            for value, feature in terms:
+                total += value * feature(batch)
+            times.append(round(total))
+        return StepTiming(*times)
 
     @classmethod
     def fit(
