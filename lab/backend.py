@@ -50,6 +50,11 @@ class Backend(Protocol):
     @property
     def executor(self) -> Executor: ...
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens at which this model ends its answer; a simulator knows none."""
+        ...
+
+    @property
     def about(self) -> Mapping[str, Any]:
         """What to write down for the run: model, dtype, attention, calibration, ..."""
         ...

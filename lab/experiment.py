@@ -53,7 +53,7 @@ def experiment(cfg: Config) -> None:
             side = Side(
                 backend=backend,
                 spec=EngineSpec.of(dataclasses.asdict(cfg)),
-                requests=requests,
+                requests=_ending(requests, cfg, backend),
                 config_text=config_text,
                 model=cfg.model.name,
                 otlp_file=cfg.export.otlp_file,
@@ -82,7 +82,7 @@ def workload(cfg: Config) -> tuple[list[Request], dict[str, Any]]:
 
 
 def _completed(request: Request, cfg: Config, sampling: Any) -> Request:
-    """A trace's request with what the configuration adds: sampling, objectives, salt, how it ends."""
+    """A trace's request with what the configuration adds: sampling, objectives, salt."""
     slo = cfg.slo
 
     def objective(own: int | None, default_ms: float | None) -> int | None:
@@ -97,9 +97,17 @@ def _completed(request: Request, cfg: Config, sampling: Any) -> Request:
     }
     if cfg.kv.salt_per_tenant:
         changes["cache_salt"] = request.tenant
-    if cfg.output_lengths == "stop":
-        changes |= {"output_len": None, "max_tokens": request.output_limit}
     return dataclasses.replace(request, **changes)
+
+
+def _ending(requests: list[Request], cfg: Config, backend: Backend) -> list[Request]:
+    """How outputs end: at the trace's lengths, or (`output_lengths=stop`) where the model itself stops."""
+    if cfg.output_lengths == "forced":
+        return requests
+    return [
+        dataclasses.replace(r, output_len=None, max_tokens=r.output_limit, stop_ids=backend.stop_ids)
+        for r in requests
+    ]
 
 
 def config_yaml(cfg: Config) -> str:

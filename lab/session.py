@@ -107,7 +107,7 @@ def run_side(side: Side, path: Path, console: Console | None) -> Path:
 def _drive(
     side: Side, gateway: Gateway, core: EngineCore, recorder: Recorder, console: Console | None
 ) -> BaseException | None:
-    """Let the backend run. An expected end before the end is returned, with every live request recorded."""
+    """Let the backend run. Whatever ends it early is returned, with every live request recorded."""
     total = len(side.requests)
     label = {"real": "Real engine", "sim": "Simulator"}[side.backend.name]
     with contextlib.ExitStack() as stack:
@@ -121,7 +121,7 @@ def _drive(
         drive = side.backend.drive(gateway, core, side.requests, progress)
         try:
             drive.run()
-        except (KeyboardInterrupt, DiptychError) as error:
+        except (KeyboardInterrupt, Exception) as error:  # a bug of ours must not cost the record either
             core.interrupt(drive.now)
             return error
         if update is not None:
@@ -136,4 +136,8 @@ def _kv(core: EngineCore) -> int:
 def _because(ended: BaseException | None) -> str | None:
     if ended is None:
         return None
-    return "it was interrupted (Ctrl-C)" if isinstance(ended, KeyboardInterrupt) else str(ended)
+    if isinstance(ended, KeyboardInterrupt):
+        return "it was interrupted (Ctrl-C)"
+    return (
+        str(ended) if isinstance(ended, DiptychError) else f"it failed with {type(ended).__name__}: {ended}"
+    )

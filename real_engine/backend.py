@@ -25,8 +25,8 @@ class RealBackend:
     clock: Literal["stepped"] = "stepped"
     evidence: Literal["measured"] = "measured"
 
-    def __init__(self, executor: Any, about: Mapping[str, Any]) -> None:
-        self.executor = executor
+    def __init__(self, executor: Any, about: Mapping[str, Any], stop_ids: tuple[int, ...]) -> None:
+        self.executor, self.stop_ids = executor, stop_ids
         self.capacity: Capacity = executor.capacity
         self.about = about
 
@@ -52,4 +52,4 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
     spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads)
     model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
     executor = TorchExecutor(model, blocks=kv_blocks(cfg), block_size=cfg.kv.block_size)
-    return RealBackend(executor, executor.about)
+    return RealBackend(executor, executor.about, model.config.eos_token_ids)

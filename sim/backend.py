@@ -40,6 +40,7 @@ class SimBackend:
 
     name: Literal["sim"] = "sim"
     clock: Literal["virtual"] = "virtual"
+    stop_ids: tuple[int, ...] = ()
 
     def __init__(
         self,

@@ -7,12 +7,11 @@ compared. The global control point is `plan`; the hot path is `plan` + `commit`.
 
 from __future__ import annotations
 
-import os
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lab.control.blame import blame
 from lab.control.live import LiveRequest
 from lab.control.observer import Decision, Observer, Outcome, StepRecord
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, chain
@@ -24,8 +23,6 @@ from lab.state.blocks import BlockPool
 
 DIRECT = Decision(admitted=True, admit_reason="direct", replica=0, route_reason="direct")
 """The decision of a request that came without a gateway."""
-
-_CONTROL = os.path.join("lab", "control")
 
 IDLE_STEPS_ALLOWED = 1000
 """Steps in a row without any work before the policy is held to be going in circles."""
@@ -84,6 +81,7 @@ class EngineCore:
         self.policy = policy
         self.policy_name = policy_name or type(policy).__name__
         self.limits = limits or Limits()
+        self._eviction = eviction
         self.pool = BlockPool(blocks, block_size, eviction, prefix_cache=prefix_cache)
         self.max_context = max_context
         self.replica = replica
@@ -383,9 +381,9 @@ class EngineCore:
         live.blocks = []
         if live.seen:
             self._released.append(name)
+        self._observer.on_request(live.record(outcome, reason, now))
         said = reason if outcome == "finished" else outcome
         self._call(self.policy.on_finish, live.view, said, now)
-        self._observer.on_request(live.record(outcome, reason, now))
 
     def _preempted(self, live: LiveRequest, how: How, now: int) -> None:
         self._call(self.policy.on_preempt, live.view, how, now)
@@ -405,12 +403,8 @@ class EngineCore:
         except PolicyError:
             raise
         except Exception as error:
-            frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
-            # The last frame outside Diptych's own control plane is the policy's.
-            own = [f for f in frames if _CONTROL not in f.filename] or frames
-            where = f"{own[-1].filename}:{own[-1].lineno}"
             about = next((f", {a!r}" for a in args if hasattr(a, "seq")), "")
-            raise PolicyError(
-                f"policy '{self.policy_name}' raised {type(error).__name__}: {error} "
-                f"(in {hook.__name__}, step {self._index}{about}) at {where}"
+            doing = f"in {hook.__name__}, step {self._index}{about}"
+            raise blame(
+                error, f"policy '{self.policy_name}'", doing, eviction=type(self._eviction).__name__
             ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lab.control.blame import blame
 from lab.control.core import EngineCore
 from lab.control.observer import Decision, Interval, Observer, RequestRecord
 from lab.control.request import Request
@@ -31,10 +32,20 @@ class Gateway:
     def submit(self, request: Request, now: int) -> Decision:
         """Admit, route and enqueue; a request that is turned away is recorded as rejected, with the reason."""
         views = [core.view(now) for core in self._replicas]
-        verdict = self._admission.admit(request, views, now)
+        try:
+            verdict = self._admission.admit(request, views, now)
+        except Exception as error:
+            raise blame(
+                error, f"admission policy '{type(self._admission).__name__}'", f"request '{request.id}'"
+            ) from error
         if not verdict.admit:
             return self._turn_away(request, Decision(False, verdict.reason), verdict.reason, now)
-        replica, why = self._routing.route(request, views, now)
+        try:
+            replica, why = self._routing.route(request, views, now)
+        except Exception as error:
+            raise blame(
+                error, f"routing policy '{type(self._routing).__name__}'", f"request '{request.id}'"
+            ) from error
         if not 0 <= replica < len(self._replicas):
             raise PolicyError(
                 f"routing policy '{type(self._routing).__name__}' sent request '{request.id}' to replica "

@@ -171,6 +171,23 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_the_batch(llama: tuple[L
     assert [together[str(i)] for i in range(4)] == alone
 
 
+def test_generation_stops_at_a_stop_token_which_is_part_of_the_output(llama: tuple[LoadedModel, Any]) -> None:
+    ours, _ = llama
+    text = prompts(1, 300, 13)[0]
+
+    def generate(**ending: Any) -> list[int]:
+        executor = TorchExecutor(ours, blocks=40, block_size=4)
+        core = EngineCore(Fcfs(), Lru(), blocks=40, block_size=4)
+        return serve(core, executor, [Request(id="a", prompt=Prompt.of(text), **ending)])["a"]
+
+    whole = generate(output_len=14)
+    stop = whole[5]
+    stopped = generate(max_tokens=14, stop_ids=(stop,))
+    assert stopped == whole[: whole.index(stop) + 1]
+    assert generate(max_tokens=4, stop_ids=()) == whole[:4]
+    assert generate(output_len=14, stop_ids=(stop,)) == whole  # a forced length ignores it
+
+
 def test_tiny_is_the_same_model_for_the_same_seed(tmp_path: Path) -> None:
     def tokens(seed: int) -> list[int]:
         model = load_model(ModelSpec("tiny", "float32", seed), cache_dir=tmp_path)

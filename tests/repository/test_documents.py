@@ -1,0 +1,52 @@
+"""What the documents say is so."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+from lab.observe.metrics import METRICS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_metrics_page_has_every_key_with_its_formula() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    for metric in METRICS:
+        assert f"| `{metric.key}` | {metric.formula} | {metric.unit} |" in page
+
+
+def test_where_the_readme_says_things_are_they_are() -> None:
+    readme = (ROOT / "README.md").read_text()
+    answers = {
+        "Gateway.submit": "lab.control.gateway",
+        "EngineCore.add": "lab.control.core",
+        "EngineCore.plan": "lab.control.core",
+        "BlockPool.take": "lab.state.blocks",
+        "BlockPool.release": "lab.state.blocks",
+        "BlockPool.evict": "lab.state.blocks",
+        "Executor.execute": "lab.control.executor",
+    }
+    for name, module in answers.items():
+        assert f"`{name}`" in readme
+        owner, method = name.split(".")
+        assert callable(getattr(getattr(importlib.import_module(module), owner), method))
+    for path in re.findall(r"[\w/]+/\w+\.(?:py|md|json)", readme):
+        assert (ROOT / path).exists(), f"the README names {path}"
+
+
+def test_every_option_that_the_readme_sets_exists() -> None:
+    from lab import compose
+
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"python -m lab\.experiment ([^\n#`]*(?:\\\\\n[^\n#]*)?)", readme)
+    checked = 0
+    with compose.composer() as composer:
+        for block in blocks:
+            words = [w for w in block.replace("\\\n", " ").split() if "=" in w and "mine.py" not in w]
+            words = [w for w in words if not w.startswith("policy.width")]
+            for job in composer.jobs(words, sweep=True):
+                composer.config(job)
+                checked += 1
+    assert checked >= 6
