@@ -18,6 +18,10 @@ The smallest useful policy:
         def on_preempt(self, request, how, now):
             self.waiting.append(request)
 
+        def on_finish(self, request, reason, now):
+            if request in self.waiting:  # aborted before it ran
+                self.waiting.remove(request)
+
         def schedule(self, step):
             for request in step.running.values():
                 step.run(request)
@@ -198,7 +202,7 @@ class Step(Protocol):
         ...
 
     def reject(self, request: RequestView | RequestId, reason: str) -> None:
-        """Give up on a waiting request for good."""
+        """Give up on a waiting request for good; `on_finish` is called at once."""
         ...
 
     def cached(self, request: RequestView | RequestId) -> int:
@@ -207,6 +211,10 @@ class Step(Protocol):
 
     def blocks_for(self, request: RequestView | RequestId, tokens: int) -> int:
         """Blocks that `run(request, tokens)` would take from `blocks_left`."""
+        ...
+
+    def fits_without(self, request: RequestView | RequestId, victims: Sequence[RequestView]) -> bool:
+        """Whether all of a waiting request would find blocks if these running requests were preempted."""
         ...
 
 

@@ -36,12 +36,15 @@ class Sequences:
         return len(self._known)
 
     def apply(self, plan: StepPlan) -> None:
-        """Requests that left, lost their blocks, came, and got a fresh table, in this order."""
-        for name in plan.released:
-            self._known.pop(name, None)
+        """Requests that lost their blocks, left, came, and got a fresh table, in this order.
+
+        A request can lose its blocks and leave in one step, when a policy preempts and rejects it.
+        """
         for name, _how in plan.preempted:
             sequence = self._find(name, plan, "preempts")
             sequence.active, sequence.held = False, 0
+        for name in plan.released:
+            self._known.pop(name, None)
         for request in plan.new:
             self._known[request.id] = self._enter(request, plan)
         for name in plan.admitted:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lab import plugins
 from lab.assembly import EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
 from lab.config import Config, cache_dir
@@ -18,6 +19,7 @@ from lab.control.core import EngineCore
 from lab.control.executor import Capacity
 from lab.control.gateway import Gateway
 from lab.control.request import Request
+from lab.control.step import Limits
 from lab.errors import ReplayError
 from sim.cost.linear import FORMAT, LinearCost
 from sim.cost.model import CostModel
@@ -180,14 +182,13 @@ def _warn_if_noisy(cost: LinearCost, console: Console) -> None:
 def _calibrate(cfg: Config, console: Console, beside: Backend) -> LinearCost:
     from sim.calibrate import calibrate
 
-    spec = EngineSpec.of(asdict(cfg))
     about = {**beside.about, "cpu": _cpu(), "capacity": asdict(beside.capacity)}
     with console.progress("Calibrating", 100) as update:
         cost = calibrate(
             beside.executor,
-            spec.create("policy"),
-            spec.create("eviction"),
-            spec.limits,
+            plugins.create("policy", "fcfs"),
+            plugins.create("eviction", "lru"),
+            Limits(cfg.engine.token_budget, cfg.engine.max_seqs),
             about=about,
             notify=lambda done, total, what: update(round(100 * done / total), what),
         )

@@ -15,7 +15,7 @@ from typing import Any
 from lab.control.clock import MeasuredControl
 from lab.control.core import EngineCore
 from lab.control.executor import Executor
-from lab.control.loop import serve
+from lab.control.loop import IDLE, serve
 from lab.control.observer import Observer, StepRecord
 from lab.control.plan import GENESIS, StepPlan, StepResult, Work
 from lab.control.request import Prompt, Request, Segment, stream_of
@@ -67,7 +67,7 @@ def grid(limits: Limits, max_context: int) -> list[Shape]:
     shapes = [Shape(b, c) for b in (1, 2, 4, 8, 16, 32) for c in (32, 128, 384, 1024)]
     shapes += [Shape(chunks=((s, n),)) for n in (16, 48, 128, 256, 512) for s in (0, 256)]
     shapes += [Shape(chunks=((0, n),) * k) for k, n in ((2, 64), (4, 64), (4, 128))]
-    shapes += [Shape(b, 256, ((0, n),)) for b in (2, 8, 24) for n in (32, 128, 384)]
+    shapes += [Shape(b, 256, ((s, n),)) for b in (1, 4, 16) for s in (0, 150) for n in (24, 64, 192)]
 
     def fits(shape: Shape) -> bool:
         reach = max([*shape.contexts(), *(start + tokens for start, tokens in shape.chunks)])
@@ -140,7 +140,9 @@ def shakedown(
         core.add(Request(id=f"shakedown-{i}", prompt=prompt, output_len=min(6 + 3 * i, longest)), 0)
     clock = [0]
     for wait in serve(core, executor, MeasuredControl(), lambda: clock[0]):
-        clock[0] += max(wait, 0)
+        if wait == IDLE:
+            raise core.stalled()
+        clock[0] += wait
         yield from steps.records
         steps.records.clear()
         if not core.has_work:

@@ -38,7 +38,9 @@ class SimExecutor:
         for name in plan.released:
             self._unforced.pop(name, None)
         if self._unforced:
-            tokens = tuple(self._token(work.request, work.start + 1) for work in plan.work if work.samples)
+            tokens = tuple(
+                self._token(work.request, work.start + work.tokens) for work in plan.work if work.samples
+            )
         else:
             tokens = (0,) * sum(work.samples for work in plan.work)
         timing = self._timing

@@ -212,10 +212,9 @@ class EngineCore:
             self._waiting,
             self._paused,
             on_preempt=self._preempted,
+            on_reject=self._rejected,
         )
         self._call(self.policy.schedule, step)
-        for live, reason in step.rejected:
-            self._end(live, "rejected", reason, now)
         if not (step.work or step.preempted or step.rejected):
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
@@ -388,11 +387,14 @@ class EngineCore:
     def _preempted(self, live: LiveRequest, how: How, now: int) -> None:
         self._call(self.policy.on_preempt, live.view, how, now)
 
+    def _rejected(self, live: LiveRequest, reason: str, now: int) -> None:
+        self._end(live, "rejected", reason, now)
+
     def _guard_progress(self, step: StepBuilder) -> None:
-        self._workless = 0 if step.work else self._workless + 1
+        self._workless = 0 if step.work or step.rejected else self._workless + 1
         if self._workless > IDLE_STEPS_ALLOWED:
             raise PolicyError(
-                f"policy '{self.policy_name}' preempted or rejected for {self._workless} steps in a row, up to "
+                f"policy '{self.policy_name}' preempted for {self._workless} steps in a row, up to "
                 f"step {self._index}, without running anything"
             )
 

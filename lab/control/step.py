@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -74,12 +75,14 @@ class StepBuilder:
         waiting: dict[RequestId, LiveRequest],
         paused: str,
         on_preempt: Callable[[LiveRequest, How, int], None],
+        on_reject: Callable[[LiveRequest, str, int], None],
     ) -> None:
         self.index, self.now = index, now
         self.tokens_left = self.token_budget = limits.token_budget
         self._policy, self._limits, self._pool = policy, limits, pool
         self._requests, self._running, self._waiting = requests, running, waiting
         self._paused, self._on_preempt = paused, on_preempt
+        self._on_reject = on_reject
         self.running, self.waiting = _Views(running), _Views(waiting)
         self.work: list[Work] = []
         self.granted: list[LiveRequest] = []
@@ -112,6 +115,18 @@ class StepBuilder:
         hits = self._hits(live)
         return self._cost(len(hits), len(hits) * self._pool.block_size + tokens, hits)
 
+    def fits_without(self, request: RequestView | RequestId, victims: Sequence[RequestView]) -> bool:
+        live, pool = self._find(request, "fits_without"), self._pool
+        dropped: Counter[int] = Counter()
+        freed = 0
+        for victim in victims:
+            for block in self._find(victim, "fits_without").blocks:
+                dropped[block.id] += 1
+                freed += dropped[block.id] == block.refs  # a shared block is freed by its last holder
+        hits = self._hits(live)
+        fresh = -(-live.known // pool.block_size) - len(hits)
+        return fresh + sum(block.refs == dropped[block.id] for block in hits) <= pool.available + freed
+
     # -- what a policy does ------------------------------------------------------------------------
 
     def run(
@@ -125,8 +140,10 @@ class StepBuilder:
         live = self._find(request, "run")
         if live.granted:
             self._misuse("run", live, f"it was granted {live.granted} tokens in this step already")
-        if tokens is not None and tokens < 1:
-            self._misuse("run", live, f"asked for {tokens} tokens; expected at least 1")
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            self._misuse("run", live, f"asked for {tokens!r} tokens; expected an integer, at least 1")
+        if not isinstance(leave_free, int) or leave_free < 0:
+            self._misuse("run", live, f"leave_free is {leave_free!r}; expected an integer, at least 0")
         if self._paused == "all" or (self._paused and live.status == "waiting"):
             return Grant(0, Shortage.PAUSED)
         if self.tokens_left < 1:
@@ -193,9 +210,8 @@ class StepBuilder:
         live = self._find(request, "reject")
         if live.status != "waiting":
             self._misuse("reject", live, "only a waiting request can be rejected")
-        live.status = "ended"
-        del self._waiting[live.request.id]
         self.rejected.append((live, reason))
+        self._on_reject(live, reason, self.now)
 
     # -- inside --------------------------------------------------------------------------------------
 
@@ -225,7 +241,8 @@ class StepBuilder:
         keys = live.chain.upto(knowable) if knowable > live.published else live.chain.keys
         while len(live.blocks) < wanted:
             depth = len(live.blocks)
-            live.blocks.append(pool.take(now, keys[depth + 1] if depth < knowable else None))
+            key = keys[depth + 1] if depth < knowable else None
+            live.blocks.append(pool.take(now, key, live.blocks[-1] if depth else None))
         while live.published < full:
             depth = live.published
             pool.publish(live.blocks[depth], live.blocks[depth - 1] if depth else None, keys, depth, now)

@@ -101,8 +101,8 @@ class BlockPool:
             self._reference(block, now)
             self._eviction.on_hit(block, now)
 
-    def take(self, now: int, key: bytes | None = None) -> Block:
-        """One block to write into. The caller has checked `available`.
+    def take(self, now: int, key: bytes | None = None, parent: Block | None = None) -> Block:
+        """One block to write into, behind `parent` in its table. The caller has checked `available`.
 
         With `key`, an unreferenced block that already has that content is taken in its place (its prefix
         was lost, or its last token must be computed again), so that a content is never cached twice.
@@ -110,7 +110,8 @@ class BlockPool:
         self.allocated += 1
         if key is not None and (same := self._index.get(key)) is not None and same.refs == 0:
             self._reference(same, now)
-            self._link(same, None, now)
+            if same.parent is not None and same.parent is not parent:
+                self._link(same, None, now)
             return same
         block = self._free.popleft() if self._free else self.evict(now)
         block.refs = 1
@@ -131,7 +132,12 @@ class BlockPool:
             self._eviction.on_cached(block, now)
         # Only a parent in the same table is linked: it stays held as long as its child is. (It is another
         # block where somebody else published the parent's content first.)
-        if self._leaf_only and parent is not None and parent.key == keys[depth]:
+        if (
+            self._leaf_only
+            and parent is not None
+            and parent is not block.parent
+            and parent.key == keys[depth]
+        ):
             self._link(block, parent, now)
 
     def release(self, chain: Sequence[Block], now: int) -> None:

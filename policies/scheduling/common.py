@@ -80,13 +80,8 @@ def run_merged(
                 continue
             if grant.short is Shortage.TOKENS:
                 return
-            victims = [r for r in order[index:end] if displaces(head, r)]
-            if grant.short is Shortage.SLOTS:
-                enough = bool(victims)
-            else:
-                gain = sum(victim.blocks for victim in victims)
-                need = step.blocks_for(head, head.remaining - step.cached(head))
-                enough = bool(victims) and need <= step.blocks_left + gain
+            victims = [request for request in order[index:end] if displaces(head, request)]
+            enough = grant.short is not Shortage.PAUSED and bool(victims) and step.fits_without(head, victims)
             if enough and displaces(head, order[end - 1]):
                 end -= 1
                 step.preempt(order[end])

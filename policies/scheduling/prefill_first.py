@@ -25,7 +25,7 @@ class PrefillFirst(QueueingPolicy):
 
     def schedule(self, step: Step) -> None:
         running = sorted(step.running.values(), key=self.key)
-        unfinished = [request for request in running if request.remaining > 1]
+        unfinished = [request for request in running if request.remaining > 1 or not request.generated]
         if not run_in_order(step, unfinished):
             return
         while self.queue:

@@ -109,6 +109,10 @@ class LinearCost:
                 raise ConfigError(
                     f"calibration {path} has unknown features {sorted(unknown)}; expected {list(FEATURES)}"
                 )
+            if any(value < 0 for terms in coefficients.values() for value in terms.values()):
+                raise ConfigError(
+                    f"calibration {path} has a negative coefficient; more work never takes less time"
+                )
             return cls(coefficients, body["measured_on"])
         except OSError as error:
             raise ConfigError(f"calibration {path} can't be read: {error.strerror}") from error

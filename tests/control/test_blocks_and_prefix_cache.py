@@ -310,3 +310,23 @@ def test_equal_keys_mean_equal_prefixes_and_the_other_way_round(
 def test_names_of_streams_are_stable() -> None:
     assert stream_of("output", "r1") == stream_of("output", "r1")
     assert stream_of("a", "bc") != stream_of("ab", "c")
+
+
+def test_a_block_written_again_in_part_still_counts_as_its_parents_child() -> None:
+    events: list[tuple[str, int]] = []
+
+    class LeafLru(Lru):
+        leaf_only = True
+
+        def on_evictable(self, block: BlockView, now: int) -> None:
+            super().on_evictable(block, now)
+            events.append(("candidate", block.depth))
+
+    core, _ = engine(eviction=LeafLru(), chunk=8, blocks=4)
+    core.add(request("a", list(range(32)), output=1), 0)
+    drain(core, check=core.check)
+    core.add(request("b", list(range(32)), output=1), 100)
+    step(core, 100)  # computes half of the last block, in place
+    core.abort("b", 110)
+    core.check()
+    assert ("candidate", 0) not in events, "block 0 has a cached child all along"

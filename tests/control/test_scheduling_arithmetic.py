@@ -238,3 +238,84 @@ def test_a_policy_that_preempts_in_circles_is_stopped() -> None:
     core2.add(request("a", 8), 0)
     assert not core2.plan(0)
     assert "scheduled nothing" in str(core2.stalled())
+
+
+def test_priority_under_pause_preempts_nobody() -> None:
+    core, _ = engine(Priority(), max_seqs=2)
+    for name in "ab":
+        core.add(request(name, 8, output=9, priority=5), 0)
+    step(core)
+    core.add(request("high", 8, priority=1), 10)
+    core.pause("admission")
+    plan = step(core, 10)
+    assert plan.preempted == ()
+    assert [w.request for w in plan.work] == ["a", "b"]
+    core.pause("all")
+    assert not core.plan(20)
+
+
+def test_priority_takes_no_slot_that_would_not_get_the_blocks_too() -> None:
+    core, _ = engine(Priority(), blocks=10, max_seqs=2)
+    core.add(request("middle", 100, output=9, priority=2), 0)
+    core.add(request("low", 16, output=9, priority=9), 0)
+    step(core)
+    core.add(request("head", 100, output=2, priority=5), 10)
+    assert step(core, 10).preempted == ()
+
+
+def test_blocks_that_a_victim_shares_are_not_counted_as_gain() -> None:
+    core, _ = engine(Priority(), blocks=12)
+    shared = list(range(64))
+    core.add(request("middle", [*shared, *[7] * 20], output=9, priority=2), 0)
+    core.add(request("low", [*shared, *[8] * 4], output=9, priority=9), 0)
+    step(core)
+    core.add(request("head", 120, output=2, priority=5), 10)
+    plan = step(core, 10)
+    assert plan.preempted == ()
+    assert "head" not in [w.request for w in plan.work]
+
+
+def test_a_prompt_one_token_over_the_budget_is_finished_before_later_prompts() -> None:
+    core, _ = engine(PrefillFirst(), token_budget=32)
+    core.add(request("first", 33), 0)
+    step(core)
+    core.add(request("later", 20), 10)
+    assert step(core, 10).work[0].request == "first"
+
+
+def test_rejecting_one_request_a_step_is_progress() -> None:
+    class RejectOne(SchedulingPolicy):
+        def schedule(self, step: Step) -> None:
+            step.reject(next(iter(step.waiting)), "no")
+
+    core, notes = engine(RejectOne())
+    for i in range(1500):
+        core.add(request(str(i), 8), 0)
+    drain(core)
+    assert {record.outcome for record in notes.requests.values()} == {"rejected"}
+
+
+def test_a_policy_may_reject_and_go_on_with_the_rest() -> None:
+    class Picky(Fcfs):
+        def schedule(self, step: Step) -> None:
+            if "b" in step.waiting:
+                step.reject("b", "not you")
+            super().schedule(step)
+
+    core, notes = engine(Picky())
+    for name in "abc":
+        core.add(request(name, 8, output=1), 0)
+    assert [w.request for w in step(core).work] == ["a", "c"]
+    assert notes.requests["b"].reason == "not you"
+
+
+@pytest.mark.parametrize("words", [{"leave_free": -5}, {"leave_free": 0.5}, {"tokens": 3.5}])
+def test_amounts_that_are_no_amounts_are_misuse(words: dict[str, float]) -> None:
+    class Rogue(SchedulingPolicy):
+        def schedule(self, step: Step) -> None:
+            step.run("a", **words)  # type: ignore[arg-type]
+
+    core, _ = engine(Rogue())
+    core.add(request("a", 8), 0)
+    with pytest.raises(PolicyError, match="expected an integer"):
+        core.plan(0)

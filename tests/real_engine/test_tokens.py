@@ -16,6 +16,7 @@ from lab.control.plan import GENESIS, StepPlan, Work
 from lab.control.request import Prompt, Request, SamplingParams
 from lab.control.step import Limits
 from lab.errors import ExecutorError
+from lab.policy import Step
 from policies.eviction.lru import Lru
 from policies.scheduling.fcfs import Fcfs
 from policies.scheduling.prefill_first import PrefillFirst
@@ -234,3 +235,18 @@ def test_after_close_nothing_is_held_and_closing_twice_is_fine(llama: tuple[Load
     executor.close()
     executor.close()
     assert not executor._memory.keys
+
+
+def test_a_request_preempted_and_rejected_in_one_step_is_forgotten(llama: tuple[LoadedModel, Any]) -> None:
+    class Fickle(Fcfs):
+        def schedule(self, step: Step) -> None:
+            if "a" in step.running:
+                step.preempt("a")
+                step.reject("a", "changed my mind")
+            super().schedule(step)
+
+    executor = TorchExecutor(llama[0], blocks=20, block_size=4)
+    core = EngineCore(Fickle(), Lru(), blocks=20, block_size=4)
+    requests = [Request(id=name, prompt=Prompt.of(range(9)), output_len=3) for name in "ab"]
+    got = serve(core, executor, requests)
+    assert (len(got["a"]), len(got["b"])) == (1, 3)
