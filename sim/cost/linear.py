@@ -71,20 +71,18 @@ class LinearCost:
         return StepTiming(*times)
 
     @classmethod
-    def fit(
-        cls, batches: Sequence[Batch], timings: Mapping[str, Sequence[int]], about: Mapping[str, Any]
-    ) -> LinearCost:
+    def fit(cls, samples: Mapping[str, Sequence[tuple[Batch, int]]], about: Mapping[str, Any]) -> LinearCost:
         """Least squares of the *relative* error with coefficients >= 0 (Lawson-Hanson, scipy's nnls).
 
-        `timings` maps each phase to nanoseconds, one per batch.
+        `samples` maps each phase to what was measured of it: (batch, nanoseconds).
         """
         import numpy as np
         from scipy.optimize import nnls
 
         coefficients: dict[str, dict[str, float]] = {}
         for phase, names in PHASES.items():
-            y = np.maximum(np.asarray(timings[phase], dtype=float), 1.0)
-            x = np.array([[float(FEATURES[name](batch)) for name in names] for batch in batches])
+            y = np.array([max(float(took), 1.0) for _, took in samples[phase]])
+            x = np.array([[float(FEATURES[name](batch)) for name in names] for batch, _ in samples[phase]])
             # Relative error, with a floor so that phases of a few microseconds don't rule the fit by noise.
             weight = 1.0 / np.maximum(y, np.median(y) * 0.2)
             scale = np.maximum(np.abs(x).max(axis=0), 1.0)

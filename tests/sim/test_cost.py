@@ -44,8 +44,10 @@ def test_planted_coefficients_are_found_again() -> None:
     batches = [Batch.of(p) for p in plans]
     times = [round(sum(v * FEATURES[k](b) for k, v in planted.items())) for b in batches]
     flat = [1000] * len(batches)
-    timings = {phase: times if phase == "forward_ns" else flat for phase in PHASES}
-    fit = LinearCost.fit(batches, timings, {})
+    samples = {
+        phase: list(zip(batches, times if phase == "forward_ns" else flat, strict=True)) for phase in PHASES
+    }
+    fit = LinearCost.fit(samples, {})
     for p, expected in zip(plans, times, strict=True):
         assert fit.step_time(p).forward_ns == pytest.approx(expected, rel=1e-3)
         assert fit.step_time(p).plan_ns == pytest.approx(1000, rel=1e-3)
