@@ -103,7 +103,12 @@ def export_to(target: str, rows: Iterable[SpanRow], info: RunInfo) -> int:
 
         return export(rows, info, ConsoleSpanExporter(out=sys.stdout))
     if target.startswith(("http://", "https://")):
-        return export(rows, info, _http_exporter(target))
+        try:
+            return export(rows, info, _http_exporter(target))
+        except RunError as error:
+            raise RunError(
+                f"not all spans reached '{target}' (is a collector listening?): {error}"
+            ) from error
     try:
         return write_otlp(Path(target), rows, info)
     except OSError as error:
