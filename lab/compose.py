@@ -104,6 +104,8 @@ class Composer:
     def _parse(self, words: Sequence[str]) -> list[Override]:
         parser, found = OverridesParser.create(), []
         for word in words:
+            if not word.partition("=")[0].strip("+~ "):
+                raise ConfigError(f"can't read '{word}': it has no key; expected key=value.")
             try:
                 found += parser.parse_overrides([word])
             except (OverrideParseException, HydraException) as error:
@@ -246,7 +248,10 @@ def composer(config_dir: Path | None = None) -> Iterator[Composer]:
 
 def to_config(cfg: DictConfig) -> Config:
     """The dataclass. A value that is still missing, or an interpolation to nowhere, is a `ConfigError`."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_said(error)) from error
     if missing:
         raise ConfigError(f"{missing[0]} must be given: {missing[0]}=VALUE.")
     _refuse_additions("", cfg)

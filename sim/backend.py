@@ -20,7 +20,7 @@ from lab.control.executor import Capacity
 from lab.control.gateway import Gateway
 from lab.control.request import Request
 from lab.control.step import Limits
-from lab.errors import ReplayError
+from lab.errors import ConfigError, ReplayError
 from sim.cost.linear import FORMAT, LinearCost
 from sim.cost.model import CostModel
 from sim.cost.replay import RecordedCost
@@ -72,6 +72,11 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         assert cfg.cost.path is not None  # validated
         recorded = load(cfg.cost.path)
         capacity = beside.capacity if beside is not None else recorded_capacity(recorded)
+        if cfg.kv.blocks not in (None, capacity.blocks):
+            raise ConfigError(
+                f"kv.blocks is {cfg.kv.blocks}, but the run replayed by cost.path had {capacity.blocks}; "
+                "leave it out or give the same"
+            )
         about: dict[str, Any] = {"cost": "replay", "recorded": recorded.path.name, "model": cfg.model.name}
         return SimBackend(recorded_cost(recorded), capacity, "replayed", about)
     cost = _fitted(cfg, console, beside)
@@ -154,6 +159,12 @@ def _fitted(cfg: Config, console: Console, beside: Backend | None) -> LinearCost
             console.say("cost.recalibrate=true measures the real engine, so it needs backend=both.")
         cost = LinearCost.load(path)
         _warn_if_noisy(cost, console)
+        measured = cost.measured_on.get("threads")
+        if beside is not None and beside.about.get("threads") != measured:
+            console.say(
+                f"The calibration was made with {measured} threads and the engine runs with "
+                f"{beside.about.get('threads')}: simulated durations will be off. cost.recalibrate=true measures again."
+            )
         return cost
     if beside is None:
         console.say(
@@ -163,10 +174,13 @@ def _fitted(cfg: Config, console: Console, beside: Backend | None) -> LinearCost
         return LinearCost.load(REFERENCE)
     cost = _calibrate(cfg, console, beside)
     _warn_if_noisy(cost, console)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(cost.to_json(), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(cost.to_json(), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        console.say(f"The calibration is used but can't be kept at '{path}': {error.strerror}.")
     return cost
 
 
