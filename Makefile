@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 ARGS ?= policy=fcfs
+WORKERS ?= 2
 
 .PHONY: run test lint slow clean
 .DELETE_ON_ERROR:
@@ -13,7 +14,7 @@ run: .venv/engine.stamp
 	$(BIN)/python -m lab.experiment $(ARGS)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff format --check --quiet .
@@ -23,7 +24,7 @@ lint: .venv/test.stamp
 
 # pytest exits with 5 when it finds no test to run: that is no failure here.
 slow: .venv/test.stamp
-	$(BIN)/pytest -m slow || test $$? = 5
+	$(BIN)/pytest -m slow -n $(WORKERS) || test $$? = 5
 
 .venv: .venv/engine.stamp
 
@@ -42,6 +43,7 @@ $(BIN)/pip:
 .venv/test.stamp: .venv/engine.stamp
 	@echo "setup: installing the test tools"
 	@$(PIP) -e '.[engine,test]'
+	@$(PIP) --no-deps libcachesim pybind11 || echo "setup: no libcachesim here; the comparison with it is skipped"
 	@touch $@
 
 clean:

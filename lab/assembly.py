@@ -1,22 +1,23 @@
-"""From a configuration to a control plane: the same gateway and engine core for every backend. Control plane."""
+"""From a configuration to a control plane: the same gateway and engine cores for every backend. Control plane."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from lab import plugins
+from lab.config import SEAMS
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
+from lab.control.fleet import Fleet, FleetSpec
 from lab.control.gateway import Gateway
 from lab.control.observer import Observer
-from lab.control.request import stream_of
+from lab.control.request import Request, stream_of
 from lab.control.step import Limits
-from lab.errors import RunError
-
-P = TypeVar("P")
+from lab.errors import ConfigError, RunError
+from lab.state.future import KnownFuture
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,46 +25,98 @@ class EngineSpec:
     """What decides: policies by name with their parameters, limits, and the run's seed."""
 
     policies: Mapping[str, Mapping[str, Any]]
-    """For each seam (`policy`, `eviction`, `admission`, `routing`) the chosen `name` and its parameters."""
+    """For each seam (`lab.config.SEAMS`) the chosen `name` and its parameters; the default where it is missing."""
     limits: Limits
     prefix_cache: bool
     seed: int
+    fleet: FleetSpec = field(default_factory=FleetSpec)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> EngineSpec:
         """From a resolved configuration as plain data, such as a run directory's `config.yaml`."""
         try:
-            engine = config["engine"]
+            engine, fleet = config["engine"], config["fleet"]
             return cls(
-                policies={seam: config[seam] for seam in ("policy", "eviction", "admission", "routing")},
+                policies={seam: config[seam] for seam in SEAMS},
                 limits=Limits(engine["token_budget"], engine["max_seqs"], engine["chunk"]),
                 prefix_cache=config["kv"]["prefix_cache"],
                 seed=config["seed"],
+                fleet=FleetSpec(
+                    replicas=fleet["replicas"],
+                    most=fleet["most"] or fleet["replicas"],
+                    cold_start=round(fleet["cold_start_s"] * 1e9),
+                    refresh=round(fleet["refresh_ms"] * 1e6),
+                    noise=fleet["noise"],
+                ),
             )
         except (KeyError, TypeError) as error:
             raise RunError(
                 f"the run's config.yaml lacks {error}; was it written by another version?"
             ) from error
 
-    def create(self, seam: str) -> Any:
+    def provenance(self) -> dict[str, str]:
+        """Where each seam's policy comes from: distribution and version, or file."""
+        named = {seam: str((self.policies.get(seam) or {"name": SEAMS[seam]})["name"]) for seam in SEAMS}
+        return {seam: plugins.provenance(plugins.load(seam, name)) for seam, name in named.items()}
+
+    def create(self, seam: str, replica: int = 0) -> Any:
         """A new policy object, with a random stream of its own derived from the seed."""
-        chosen = dict(self.policies[seam])
+        chosen = dict(self.policies.get(seam) or {"name": SEAMS[seam]})
         policy = plugins.create(seam, chosen.pop("name"), chosen)
-        policy.rng = random.Random(stream_of("policy", seam, self.seed))
+        stream = ("policy", seam, self.seed, *([replica] if replica else []))
+        policy.rng = random.Random(stream_of(*stream))
         return policy
 
 
-def assemble(spec: EngineSpec, capacity: Capacity, observer: Observer) -> tuple[Gateway, EngineCore]:
-    """A gateway before one replica with `capacity`; everything they do is told to `observer`."""
-    core = EngineCore(
-        spec.create("policy"),
-        spec.create("eviction"),
-        blocks=capacity.blocks,
-        block_size=capacity.block_size,
-        limits=spec.limits,
-        max_context=capacity.max_context,
-        prefix_cache=spec.prefix_cache,
-        observer=observer,
-        policy_name=str(spec.policies["policy"]["name"]),
-    )
-    return Gateway(spec.create("admission"), spec.create("routing"), [core], observer), core
+@dataclass(frozen=True, slots=True)
+class ControlPlane:
+    """Everything that decides in one run."""
+
+    gateway: Gateway
+    fleet: Fleet
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine core, where there is just one."""
+        return self.fleet.core
+
+
+def assemble(
+    spec: EngineSpec, capacity: Capacity, observer: Observer, requests: Sequence[Request] = ()
+) -> ControlPlane:
+    """A gateway before replicas with `capacity` each; everything they do is told to `observer`.
+
+    `requests` are what is to come: only a bound such as Belady's may look at them.
+    """
+    gateways: list[Gateway] = []
+
+    def make(replica: int) -> EngineCore:
+        eviction = spec.create("eviction", replica)
+        future = None
+        if eviction.needs_future:
+            if spec.fleet.most > 1:
+                name = type(eviction).__name__
+                raise ConfigError(
+                    f"eviction '{name}' knows the future of one replica; fleet.most is {spec.fleet.most}."
+                )
+            eviction.future = future = KnownFuture(requests, capacity.block_size)
+        core = EngineCore(
+            spec.create("policy", replica),
+            eviction,
+            capacity=capacity,
+            limits=spec.limits,
+            prefix_cache=spec.prefix_cache,
+            preemption=spec.create("preemption", replica),
+            predictor=spec.create("predictor", replica),
+            observer=observer,
+            replica=replica,
+            policy_name=str(spec.policies["policy"]["name"]),
+            on_admitted=future.passed if future is not None else None,
+        )
+        core.on_ended = lambda record, now: gateways[0].ended(record, now)
+        return core
+
+    rng = random.Random(stream_of("fleet views", spec.seed))
+    fleet = Fleet(make, spec.create("scaling"), spec.fleet, rng=rng, observer=observer)
+    gateways.append(Gateway(spec.create("admission"), spec.create("routing"), fleet, observer))
+    return ControlPlane(gateways[0], fleet)

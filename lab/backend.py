@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from lab.assembly import ControlPlane
 from lab.config import Config
 from lab.console import Console
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity, Executor
-from lab.control.gateway import Gateway
 from lab.control.request import Request
 
 KV_TOKENS = 32_768
@@ -59,9 +59,7 @@ class Backend(Protocol):
         """What to write down for the run: model, dtype, attention, calibration, ..."""
         ...
 
-    def drive(
-        self, gateway: Gateway, core: EngineCore, requests: Sequence[Request], progress: Progress
-    ) -> Drive: ...
+    def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Drive: ...
 
     def close(self) -> None: ...
 

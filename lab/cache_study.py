@@ -54,9 +54,11 @@ def run_cache_study(
                 "prefix_hit_ratio_blocks": study.hit_ratio_blocks,
                 "accesses": study.accesses,
                 "hits": study.hits,
+                "flat_hits": study.flat_hits,
                 "evictions": study.evictions,
                 "peak_blocks": study.peak_blocks,
             },
+            "knows_future": eviction.needs_future,
             "wall_s": time.perf_counter() - began,
         }
         directory.write_json("metrics.json", metrics)
@@ -65,5 +67,6 @@ def run_cache_study(
         f"{cfg.eviction.name}, {cfg.kv.blocks} blocks of {cfg.kv.block_size} tokens: {study.hits} hits in "
         f"{study.accesses} block accesses ({study.hit_ratio_blocks:.4f}), {study.hit_ratio_tokens:.4f} of prompt "
         f"tokens, {study.evictions} evictions"
+        + (" (a bound: it knows the future)" if eviction.needs_future else "")
     )
     print(f"run: {directory.path}")

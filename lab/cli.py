@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab import shadowed
+from lab import interrupts, shadowed
 from lab.errors import ConfigError, DiptychError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -59,9 +59,13 @@ def main(
 
 
 def guarded(body: Callable[[], int | None]) -> int:
-    """Run a command's body; expected failures become one sentence on stderr and an exit code."""
+    """Run a command's body; expected failures become one sentence on stderr and an exit code.
+
+    SIGTERM ends it as Ctrl-C does.
+    """
     try:
-        return body() or 0
+        with interrupts.terminable():
+            return body() or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -126,7 +130,7 @@ def _main(task: Callable[[Config], int | None], about: str, argv: list[str], pro
     if arguments.help:
         from lab.usage import usage
 
-        print(usage(prog, about, arguments.words))
+        print(usage(prog, about, arguments.words, arguments.config_dir or default_config_dir()))
         return 0
     from lab import compose, config
 

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lab import config, plugins
-from lab.config import COSTS, DEFAULT_TRACE, MODELS, SEAMS, Config, ModelConfig
+from lab.config import COSTS, DEFAULT_TRACE, MODELS, SEAMS, Config, ModelConfig, Origin
 from lab.errors import ConfigError, UnknownNameError
 
 GROUPS = (*SEAMS, "trace", "model", "cost")
@@ -38,7 +38,8 @@ _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 class Composer:
     """Composes configurations; make one with `composer()`, which holds Hydra's global state open."""
 
-    def __init__(self) -> None:
+    def __init__(self, config_dir: Path | None = None) -> None:
+        self._config_dir = config_dir
         self._store = ConfigStore.instance()
         defaults: list[Any] = ["base_config"]
         defaults += [{group: name} for group, name in SEAMS.items()]
@@ -97,7 +98,9 @@ class Composer:
 
     def config(self, words: Sequence[str]) -> Config:
         """A checked `Config` (types and names; `config.validate` does the values)."""
-        return to_config(self.compose(words))
+        found = to_config(self.compose(words))
+        found.origin = Origin(tuple(words), self._config_dir)
+        return found
 
     # --- choices ----------------------------------------------------------------------------------------
 
@@ -243,7 +246,7 @@ def composer(config_dir: Path | None = None) -> Iterator[Composer]:
             yield Composer()
     else:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
-            yield Composer()
+            yield Composer(config_dir)
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -284,6 +287,19 @@ def _unknown_option(prefix: str, key: str, known: Mapping[Any, Any]) -> UnknownN
 def to_yaml(cfg: Config) -> str:
     """`config.yaml`: every value, nothing left to resolve."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def from_yaml(text: str) -> Config:
+    """The configuration that `to_yaml` wrote, checked as one that is composed."""
+    try:
+        data = OmegaConf.create(text)
+        typed = OmegaConf.structured(Config())
+        for group in _CHOICES:
+            schema = config.choice_schema(group, str(cast(DictConfig, data)[group]["name"]))
+            typed[group] = OmegaConf.structured(schema)
+        return to_config(cast(DictConfig, OmegaConf.merge(typed, data)))
+    except _FAILURES as error:
+        raise ConfigError(_said(error)) from error
 
 
 def _said(error: Exception) -> str:

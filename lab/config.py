@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import importlib.util
 import inspect
 import math
 import types
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from lab import plugins
 from lab.errors import ConfigError, UnknownNameError
@@ -77,7 +79,22 @@ class KvConfig:
     blocks: int | None = option(None, "blocks in the pool; null: sized for the model")
     block_size: int = option(16, "tokens a block")
     prefix_cache: bool = option(True, "reuse blocks of equal prefixes")
+    host_blocks: int = option(0, "blocks of host memory that preempted requests can be swapped to")
+    transfer_gb_s: float = option(16.0, "nominal bandwidth between device and host, each way")
     salt_per_tenant: bool = option(False, "tenants never share blocks")
+
+
+@dataclass
+class FleetConfig:
+    """Replicas behind the gateway (simulator only above one), and how well the gateway sees them."""
+
+    replicas: int = option(1, "replicas at the start, and the least there will be")
+    most: int | None = option(
+        None, "replicas that the scaling policy may reach; null: as many as at the start"
+    )
+    cold_start_s: float = option(10.0, "from the decision to scale up until a replica is ready")
+    refresh_ms: float = option(0.0, "replica views are taken anew when older than this; 0: always current")
+    noise: float = option(0.0, "log-standard deviation of the counts in replica views")
 
 
 @dataclass
@@ -119,8 +136,41 @@ class RunConfig:
 
 
 @dataclass
+class VaryConfig:
+    """What a study compares."""
+
+    seam: str = option(REQUIRED, "which kind of plug-in is varied: policy, eviction, ...")
+    names: Any = field(default="all", metadata={"help": "all that there are, or a list of names"})
+    without: list[str] = field(default_factory=list, metadata={"help": "names that are left out"})
+
+
+@dataclass
+class StudyConfig:
+    """Many runs of one kind: each name on each workload, at each value of each axis, with each seed."""
+
+    vary: VaryConfig = field(default_factory=VaryConfig)
+    overrides: list[str] = field(default_factory=list, metadata={"help": "words for every run"})
+    workloads: dict[str, list[str]] = field(
+        default_factory=dict, metadata={"help": "for each workload its words, as on the command line"}
+    )
+    axes: dict[str, list[Any]] = field(
+        default_factory=dict, metadata={"help": "further options and the values that each takes"}
+    )
+    seeds: list[int] = field(default_factory=list, metadata={"help": "seeds; empty: the run's alone"})
+    workers: int | None = option(None, "runs at once; null: one a core, and one alone where time is measured")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The words that a configuration was composed of, and where configuration files were looked for."""
+
+    words: tuple[str, ...] = ()
+    config_dir: Path | None = None
+
+
+@dataclass
 class Config:
-    """One experiment."""
+    """One experiment, or (`studies`) many."""
 
     backend: str = option("both", "both, real, sim, or cache (block accesses only)")
     seed: int = option(0, "seed of everything random")
@@ -134,19 +184,35 @@ class Config:
     eviction: Any = None
     admission: Any = None
     routing: Any = None
+    scaling: Any = None
+    preemption: Any = None
+    predictor: Any = None
     trace: Any = None
     model: ModelConfig = field(default_factory=ModelConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv: KvConfig = field(default_factory=KvConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    studies: dict[str, StudyConfig] = field(
+        default_factory=dict, metadata={"help": "many runs in place of one, as +experiment=NAME defines them"}
+    )
+    origin: Origin = field(default=Origin(), compare=False, metadata={"omegaconf_ignore": True})
 
 
 SEAMS: Mapping[str, str] = types.MappingProxyType(
-    {"policy": "fcfs", "eviction": "lru", "admission": "always", "routing": "single"}
+    {
+        "policy": "fcfs",
+        "preemption": "last",
+        "predictor": "oracle",
+        "eviction": "lru",
+        "admission": "always",
+        "routing": "single",
+        "scaling": "fixed",
+    }
 )
 """Configuration groups filled from plug-ins, with what is chosen when nothing is said."""
 
@@ -163,6 +229,10 @@ MODELS: Mapping[str, tuple[str, ModelConfig]] = types.MappingProxyType(
 COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
     {
         "fitted": ("a linear model fitted to the real engine on this machine", CostConfig()),
+        "reference": (
+            "the same model with another machine's coefficients, which ship with it",
+            CostConfig("reference"),
+        ),
         "replay": ("the step durations of a recorded run (cost.path=RUN)", CostConfig("replay")),
     }
 )
@@ -262,6 +332,9 @@ def validate(cfg: Config) -> None:
     _at_least("engine.threads", cfg.engine.threads, 1)
     _at_least("kv.blocks", cfg.kv.blocks, 1)
     _at_least("kv.block_size", cfg.kv.block_size, 1)
+    _at_least("kv.host_blocks", cfg.kv.host_blocks, 0)
+    _positive("kv.transfer_gb_s", cfg.kv.transfer_gb_s)
+    _fleet(cfg)
     _positive("slo.ttft_ms", cfg.slo.ttft_ms)
     _positive("slo.tpot_ms", cfg.slo.tpot_ms)
     sampling(cfg)
@@ -273,9 +346,7 @@ def validate(cfg: Config) -> None:
         )
     if cfg.cost.name == "replay" and cfg.cost.recalibrate:
         raise ConfigError("cost.recalibrate=true makes no sense with cost=replay; expected cost=fitted.")
-    endpoint = cfg.export.otlp_endpoint
-    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        raise ConfigError(f"export.otlp_endpoint is '{endpoint}'; expected http://... or https://...")
+    _endpoint(cfg.export.otlp_endpoint)
     for group in SEAMS:
         choice = getattr(cfg, group)
         _check_choices(group, choice)
@@ -290,6 +361,8 @@ def validate(cfg: Config) -> None:
     if getattr(entry, "needs_path", False) and not getattr(cfg.trace, "path", None):
         raise ConfigError(f"trace '{cfg.trace.name}' needs a file: {entry.get}, then set trace.path=PATH.")
     trace_options(cfg)
+    for name, study in cfg.studies.items():
+        _study(f"studies.{name}", study)
 
 
 def sampling(cfg: Config) -> Any:
@@ -316,6 +389,78 @@ def _one_of(key: str, value: str, known: Sequence[str]) -> None:
 def _at_least(key: str, value: Any, least: int) -> None:
     if value is not None and value < least:
         raise ConfigError(f"{key} is {value}; expected at least {least}.")
+
+
+def _fleet(cfg: Config) -> None:
+    fleet = cfg.fleet
+    _at_least("fleet.replicas", fleet.replicas, 1)
+    if fleet.most is not None and fleet.most < fleet.replicas:
+        raise ConfigError(f"fleet.most is {fleet.most}; expected at least fleet.replicas, {fleet.replicas}.")
+    for key in ("cold_start_s", "refresh_ms", "noise"):
+        value = getattr(fleet, key)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"fleet.{key} is {value}; expected a finite number, at least 0.")
+    if (fleet.most or fleet.replicas) > 1 and cfg.backend != "sim":
+        raise ConfigError(
+            f"backend={cfg.backend} runs one replica, and fleet asks for {fleet.most or fleet.replicas}; "
+            "expected backend=sim."
+        )
+    if cfg.scaling.name != SEAMS["scaling"] and (fleet.most or fleet.replicas) == fleet.replicas:
+        raise ConfigError(
+            f"scaling={cfg.scaling.name} has nothing to scale: fleet.most is {fleet.most}; expected more than "
+            f"fleet.replicas, {fleet.replicas}."
+        )
+    if cfg.routing.name == SEAMS["routing"] and (fleet.most or fleet.replicas) > 1:
+        raise ConfigError(
+            f"routing={cfg.routing.name} would leave all replicas but one idle; expected another, such as "
+            "routing=round_robin."
+        )
+
+
+def _study(key: str, study: StudyConfig) -> None:
+    vary = study.vary
+    _one_of(f"{key}.vary.seam", vary.seam, list(SEAMS))
+    listed = vary.names if isinstance(vary.names, list) else []
+    if vary.names != "all" and not (listed and all(isinstance(name, str) for name in listed)):
+        raise ConfigError(f"{key}.vary.names is {vary.names!r}; expected all, or a list of names.")
+    for name in (*listed, *vary.without):
+        if not plugins.is_path(name):
+            _one_of(f"a name in {key}.vary", name, plugins.names(vary.seam))
+    if not study.workloads:
+        raise ConfigError(f"{key}.workloads is empty; expected for each workload its words.")
+    for axis, values in study.axes.items():
+        if not values:
+            raise ConfigError(f"{key}.axes: {axis} is an empty list; expected its values.")
+    for seed in study.seeds:
+        _at_least(f"{key}.seeds", seed, 0)
+    _at_least(f"{key}.workers", study.workers, 1)
+
+
+def _endpoint(endpoint: str | None) -> None:
+    """Raise `ConfigError` for an address that spans can't be sent to, before anything is run for them."""
+    if endpoint is None:
+        return
+    wrong = ""
+    try:
+        address = urlsplit(endpoint)
+        _ = address.port
+    except ValueError as error:
+        wrong = str(error)
+    else:
+        if address.scheme not in ("http", "https"):
+            wrong = "it doesn't begin with http:// or https://"
+        elif any(character.isspace() or not character.isprintable() for character in endpoint):
+            wrong = "it has a space in it"
+        elif not address.hostname:
+            wrong = "it names no host"
+    if wrong:
+        raise ConfigError(
+            f"export.otlp_endpoint is '{endpoint}': {wrong}; expected an address such as http://localhost:4318."
+        )
+    if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+        raise ConfigError(
+            f"exporting to '{endpoint}' needs a package: pip install opentelemetry-exporter-otlp-proto-http"
+        )
 
 
 def _positive(key: str, value: Any) -> None:

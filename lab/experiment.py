@@ -7,8 +7,10 @@ what the error is made of, and leaves a run directory for each side and a report
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,37 +20,54 @@ from lab import plugins
 from lab.assembly import EngineSpec
 from lab.config import Config
 from lab.control.request import stream_of
+from lab.errors import DiptychError, RunError
 
 if TYPE_CHECKING:
     from lab.backend import Backend, OpenBackend
     from lab.control.request import Request
+    from lab.session import Ran
 
 ABOUT = "Run one workload under one policy on the real engine and on the simulator, and compare."
 
 
-def experiment(cfg: Config) -> None:
-    """One experiment, for any `backend`. Raises `DiptychError`."""
+def experiment(cfg: Config) -> int:
+    """One experiment, for any `backend`, or all those of `studies`. Returns the exit code; raises `DiptychError`."""
     from lab.console import Console
+    from lab.observe import claim
 
+    if cfg.studies:
+        from lab.studies import run_studies
+
+        return run_studies(cfg)
     console = Console()
     requests, source = workload(cfg)
     config_text = config_yaml(cfg)
     path = _directory(cfg, config_text)
+    if cfg.backend != "both" and claim.part_of_another(path):
+        raise RunError(
+            f"'{path}' is one side of an experiment on both backends, and backend={cfg.backend} would replace "
+            "it alone; choose another run.dir."
+        )
     if cfg.backend == "cache":
         from lab.cache_study import run_cache_study
 
         run_cache_study(cfg, requests, source, config_text, path, console)
-        return
+        return 0
 
     from lab.session import Side, run_side
 
-    names = ["real", "sim"] if cfg.backend == "both" else [cfg.backend]
-    opened: list[Backend] = []
-    try:
-        for name in names:
+    both = cfg.backend == "both"
+    with contextlib.ExitStack() as stack:
+        opened: list[Backend] = []
+        if both:
+            stack.enter_context(claim.held(path))
+        for name in ["real", "sim"] if both else [cfg.backend]:
             open_backend = cast("OpenBackend", plugins.load_object("backend", name))
             opened.append(open_backend(cfg, console, opened[0] if opened else None))
-        finished: dict[str, Path] = {}
+            stack.callback(opened[-1].close)
+        if both:
+            claim.clear(path)
+        finished: dict[str, Ran] = {}
         for backend in opened:
             side = Side(
                 backend=backend,
@@ -57,17 +76,36 @@ def experiment(cfg: Config) -> None:
                 config_text=config_text,
                 model=cfg.model.name,
                 otlp_file=cfg.export.otlp_file,
-                export_to=[
-                    *([cfg.export.otlp_endpoint] if cfg.export.otlp_endpoint else []),
-                    *(["console"] if cfg.export.console else []),
-                ],
                 source=source,
             )
-            finished[backend.name] = run_side(side, path if len(names) == 1 else path / backend.name, console)
+            finished[backend.name] = run_side(side, path / backend.name if both else path, console)
+        _conclude(cfg, {name: ran.path for name, ran in finished.items()}, path)
+    _export(cfg, finished)
+    return 0
+
+
+def _export(cfg: Config, finished: Mapping[str, Ran]) -> None:
+    """Send the spans where they were wanted. The runs are complete by now: no failure costs one of them."""
+    from lab.observe.otel import export_to
+    from lab.observe.spans import spans
+
+    targets = [target for target in (cfg.export.otlp_endpoint, "console" * cfg.export.console) if target]
+    failed: dict[str, str] = {}
+    noise = logging.getLogger("opentelemetry")  # says each of its retries; one sentence at the end is enough
+    before = noise.level
+    noise.setLevel(logging.CRITICAL)
+    try:
+        for target in targets:
+            for name, ran in finished.items():
+                try:
+                    export_to(target, spans(ran.recorder, ran.info), ran.info)
+                except DiptychError as error:
+                    failed[name] = str(error)
     finally:
-        for backend in opened:
-            backend.close()
-    _conclude(cfg, finished, path)
+        noise.setLevel(before)
+    if failed:
+        reason = next(iter(failed.values())).rstrip(".")
+        raise RunError(f"spans of {' and '.join(failed)}: {reason}; the run itself is complete.")
 
 
 def workload(cfg: Config) -> tuple[list[Request], dict[str, Any]]:
@@ -139,6 +177,9 @@ def _conclude(cfg: Config, finished: Mapping[str, Path], path: Path) -> None:
         result = compare(runs[0], runs[1], path / "replay")
         result.write(path / "diff.json")
     show(result or runs[0])
+    said = dict.fromkeys(filter(None, (run.all_rejected() for run in runs)))
+    for sentence in said:
+        print(sentence)
     for name, where in finished.items():
         print(f"{name}: {where}")
     if cfg.run.report if cfg.run.report is not None else set(finished) != {"sim"}:

@@ -35,32 +35,46 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-from lab.control.request import BlockId, Request, RequestId
+from lab.control.request import BlockId, Prompt, Request, RequestId, Segment, stream_of
 
 __all__ = [
+    "NEVER",
     "AdmissionPolicy",
     "BlockId",
     "BlockView",
+    "Ended",
     "EvictionPolicy",
+    "FleetView",
+    "Future",
     "Grant",
     "How",
+    "LengthPredictor",
+    "PreemptionPolicy",
+    "Prompt",
     "ReplicaView",
     "Request",
     "RequestId",
     "RequestView",
     "RoutingPolicy",
+    "ScalingPolicy",
     "SchedulingPolicy",
+    "Segment",
     "Shortage",
     "Step",
     "Verdict",
+    "stream_of",
 ]
 
-How = Literal["recompute"]
-"""What happens to a preempted request's KV. Its tokens stay known and are computed again."""
+How = Literal["recompute", "swap"]
+"""What happens to a preempted request's KV. Its tokens stay known either way: `recompute` drops the KV and
+computes it again later, `swap` parks it in host memory and copies it back."""
+
+NEVER = 1 << 62
+"""Later than any time and any position."""
 
 
 class Shortage(enum.Enum):
@@ -129,7 +143,8 @@ class RequestView(Protocol):
     def generated(self) -> int: ...
     @property
     def expected_output(self) -> int:
-        """Total output tokens expected: the true length where it is forced, `max_tokens` otherwise."""
+        """Total output tokens that the run's length predictor foresaw on arrival, and always more than
+        `generated`. The default predictor is the oracle: the true length where it is forced."""
         ...
 
     @property
@@ -137,6 +152,11 @@ class RequestView(Protocol):
     @property
     def blocks(self) -> int:
         """KV blocks held."""
+        ...
+
+    @property
+    def host_blocks(self) -> int:
+        """KV blocks parked in host memory; more than 0 only while it waits swapped out."""
         ...
 
     @property
@@ -171,6 +191,16 @@ class Step(Protocol):
     @property
     def blocks_total(self) -> int: ...
     @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        ...
+
+    @property
+    def host_blocks_left(self) -> int:
+        """Blocks of host memory that swapping out could still fill; 0 without a host tier."""
+        ...
+
+    @property
     def running(self) -> Mapping[RequestId, RequestView]:
         """In order of admission."""
         ...
@@ -197,8 +227,19 @@ class Step(Protocol):
         """
         ...
 
-    def preempt(self, request: RequestView | RequestId, how: How = "recompute") -> None:
-        """Take a running request's blocks and slot back; it waits again. Not one granted in this step."""
+    def preempt(self, request: RequestView | RequestId, how: How | None = None) -> How:
+        """Take a running request's blocks and slot back; it waits again. Not one granted in this step.
+
+        Without `how` the run's preemption policy chooses. Returns what happened: `swap` becomes `recompute`
+        when the host tier has no room, or there is nothing computed to keep.
+        """
+        ...
+
+    def victim(self, candidates: Sequence[RequestView]) -> RequestView:
+        """Which of these running requests the run's preemption policy would preempt.
+
+        Give them in your own order, the most worthy first: the default policy takes the last.
+        """
         ...
 
     def reject(self, request: RequestView | RequestId, reason: str) -> None:
@@ -215,6 +256,23 @@ class Step(Protocol):
 
     def fits_without(self, request: RequestView | RequestId, victims: Sequence[RequestView]) -> bool:
         """Whether all of a waiting request would find blocks if these running requests were preempted."""
+        ...
+
+    def frees(self, request: RequestView | RequestId) -> int:
+        """Blocks that preempting this running request would add to `blocks_left` (shared ones stay held)."""
+        ...
+
+    def estimate(self, prefill_tokens: int = 0, decodes: int = 0, context_tokens: int = 0) -> int:
+        """Nanoseconds that a step of this composition would take, learnt from the steps committed so far.
+
+        `context_tokens` is the sum over the batch of the tokens attended to. 0 before the first commit.
+        It holds for steps like those it was learnt from: price a backlog as so many full steps, not as one
+        giant step.
+        """
+        ...
+
+    def swap_time(self, blocks: int) -> int:
+        """Nominal nanoseconds to move this many blocks one way between device and host."""
         ...
 
 
@@ -255,6 +313,19 @@ class BlockView(Protocol):
         """Position in its chain; 0 is the first block of a prompt."""
         ...
 
+    @property
+    def user(self) -> Request | None:
+        """The request that used it last: for its session, tenant, prompt length, arrival."""
+        ...
+
+
+class Future(Protocol):
+    """What a bound may know and no real policy can: the prompts that are still to come."""
+
+    def next_use(self, key: bytes) -> int:
+        """Position, in order of arrival, of the next request whose prompt holds this block; else `NEVER`."""
+        ...
+
 
 class EvictionPolicy:
     """Chooses which reusable block to give up. It chooses only; the pool commits and calls `on_dropped`.
@@ -266,7 +337,17 @@ class EvictionPolicy:
     """
 
     leaf_only: ClassVar[bool] = True
+    needs_future: ClassVar[bool] = False
+    """True for a bound such as Belady's: `future` is set before the first call, and results are marked."""
     rng: random.Random
+    future: Future
+
+    def on_open(self, blocks: int, block_size: int) -> None:
+        """Called once, before all else, with the size of the cache."""
+
+    def expired(self, now: int) -> Sequence[BlockId]:
+        """Candidates to drop now although there is room; asked at every step. For policies with a time limit."""
+        return ()
 
     def victim(self, now: int) -> BlockId:
         """The candidate to drop next. Called only when there is one."""
@@ -288,6 +369,37 @@ class EvictionPolicy:
         """The block's content is gone: evicted, or withdrawn."""
 
 
+class PreemptionPolicy:
+    """Whom to preempt, and what becomes of its KV. Works under any scheduling policy, through
+    `Step.victim` and `Step.preempt`."""
+
+    rng: random.Random
+
+    def victim(self, candidates: Sequence[RequestView], step: Step) -> RequestView:
+        """One of the running requests given, which come in the scheduler's order, the most worthy first."""
+        return candidates[-1]
+
+    def how(self, victim: RequestView, step: Step) -> How:
+        """`swap` counts only where there is a host tier with room."""
+        return "recompute"
+
+
+class LengthPredictor:
+    """Foresees output lengths: what `RequestView.expected_output` says."""
+
+    rng: random.Random
+
+    def predict(self, request: Request, now: int) -> int:
+        """Total output tokens expected, at least 1. Asked once, on arrival.
+
+        `request.output_limit` is the truth where lengths are forced: only an oracle may look at it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define predict(request, now)")
+
+    def on_finish(self, request: Request, generated: int, now: int) -> None:
+        """The request ended by itself after this many tokens: something to learn from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Answer of an admission policy."""
@@ -297,27 +409,117 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """How a request that had been admitted ended. Times in nanoseconds; `ttft` is None without a token."""
+
+    outcome: str
+    """`finished`, `aborted` or `rejected`."""
+    replica: int
+    ttft: int | None
+    e2e: int
+    tokens: int
+    """Generated."""
+
+
+def _none_cached(request: Request) -> int:
+    return 0
+
+
+def _no_estimate(prefill_tokens: int, decodes: int, context_tokens: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica as seen by admission and routing. `as_of` is when this was true: routers see stale state."""
+    """A ready replica as admission, routing and scaling see it.
+
+    `as_of` is when this was true: routers see stale state. `index` names the replica and isn't its position
+    in the list, since replicas come and go.
+    """
 
     index: int
     as_of: int
     running: int
     waiting: int
     blocks_free: int
+    """Free or evictable."""
     blocks_total: int
+    block_size: int = 16
+    max_seqs: int = 1
+    token_budget: int = 512
+    """Most requests that run at once there, and most tokens of one step."""
+    tokens_to_compute: int = 0
+    """Known tokens not yet computed, of all that wait or run: the prefill backlog, and one for each decode."""
+    tokens_expected: int = 0
+    """Output tokens still to come, as far as the length predictor foresees."""
+    context_tokens: int = 0
+    """Tokens with KV, of all that run."""
+    cached: Callable[[Request], int] = _none_cached
+    """Prompt tokens of a request that this replica's prefix cache held at `as_of`."""
+    estimate: Callable[[int, int, int], int] = _no_estimate
+    """As `Step.estimate`, from this replica's steps: (prefill_tokens, decodes, context_tokens) -> ns."""
+
+    @property
+    def requests(self) -> int:
+        return self.running + self.waiting
 
 
 class AdmissionPolicy:
     """Decides at the gateway whether a request enters at all."""
 
+    rng: random.Random
+
     def admit(self, request: Request, replicas: Sequence[ReplicaView], now: int) -> Verdict:
         raise NotImplementedError(f"{type(self).__name__} must define admit(request, replicas, now)")
+
+    def on_finish(self, request: Request, ended: Ended, now: int) -> None:
+        """A request that was admitted has ended: the feedback of adaptive limits."""
 
 
 class RoutingPolicy:
     """Decides which replica serves a request."""
 
+    rng: random.Random
+
     def route(self, request: Request, replicas: Sequence[ReplicaView], now: int) -> tuple[int, str]:
-        """Index of the chosen replica, and the reason."""
+        """`index` of one of the replicas given (there is at least one), and the reason."""
         raise NotImplementedError(f"{type(self).__name__} must define route(request, replicas, now)")
+
+    def on_finish(self, request: Request, ended: Ended, now: int) -> None:
+        """A request that was routed has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """What a scaling policy sees, once an interval."""
+
+    replicas: Sequence[ReplicaView]
+    """Those that are ready."""
+    starting: int
+    """Replicas on their way up (cold start)."""
+    draining: int
+    """Replicas that take nothing new and go when they are empty."""
+    least: int
+    most: int
+    """The bounds that the target will be cut to."""
+    arrived: int
+    """Requests since the last look."""
+    finished: int
+    met: int
+    """Requests that ended since the last look, and those of them that met their objectives."""
+    rejected: int = 0
+    """Requests that the gateway turned away since the last look."""
+
+
+class ScalingPolicy:
+    """Decides how many replicas there should be. Asked every `interval` nanoseconds."""
+
+    rng: random.Random
+    interval: int = 1_000_000_000
+
+    def target(self, fleet: FleetView, now: int) -> tuple[int, str]:
+        """Wanted number of replicas that are ready or starting, and the reason.
+
+        What is missing starts (and is ready after the cold start); what is too much drains.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define target(fleet, now)")

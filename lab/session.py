@@ -7,20 +7,20 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import __version__
-from lab.assembly import EngineSpec, assemble
+from lab import __version__, interrupts
+from lab.assembly import ControlPlane, EngineSpec, assemble
 from lab.backend import Backend
 from lab.console import Console
+from lab.control.blame import blame
 from lab.control.core import EngineCore
-from lab.control.gateway import Gateway
-from lab.control.observer import Observers
+from lab.control.observer import FleetEvent, Observer, Observers, RequestRecord, StepRecord
 from lab.control.request import Request
-from lab.errors import DiptychError
+from lab.errors import DiptychError, RunError
 from lab.observe.environment import environment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.logs import JsonLog
@@ -42,13 +42,20 @@ class Side:
     config_text: str
     model: str
     otlp_file: bool = False
-    export_to: Sequence[str] = ()
-    """Where else spans go: `console`, or OTLP/HTTP endpoints."""
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Where the workload comes from."""
 
 
-def run_side(side: Side, path: Path, console: Console | None) -> Path:
+@dataclass(frozen=True)
+class Ran:
+    """A side that ran to its end: where it lies, and what spans are made from."""
+
+    path: Path
+    recorder: Recorder
+    info: RunInfo
+
+
+def run_side(side: Side, path: Path, console: Console | None) -> Ran:
     """Run to the end and write everything. Whatever ends it early, what was recorded is written first."""
     backend = side.backend
     workload = workload_id(side.requests)
@@ -64,7 +71,10 @@ def run_side(side: Side, path: Path, console: Console | None) -> Path:
         version=__version__,
     )
     now = datetime.datetime.now()
-    with RunDirectory.create(path, backend.name, now=now, key=side.config_text) as directory:
+    with (
+        interrupts.OneInterrupt() as signals,
+        RunDirectory.create(path, backend.name, now=now, key=side.config_text) as directory,
+    ):
         directory.write_text("config.yaml", side.config_text)
         directory.write_json(
             "environment.json",
@@ -75,18 +85,26 @@ def run_side(side: Side, path: Path, console: Console | None) -> Path:
                 capacity=dataclasses.asdict(backend.capacity),
                 workload=side.source,
                 policies=dict(side.spec.policies),
+                provenance=side.spec.provenance(),
             ),
         )
         recorder = Recorder()
-        with JsonLog(directory.file("log.jsonl"), info) as log:
-            gateway, core = assemble(side.spec, backend.capacity, Observers(recorder, log))
+        log = _Log(JsonLog(directory.file("log.jsonl"), info))
+        try:
+            control = assemble(side.spec, backend.capacity, Observers(recorder, log), side.requests)
             began = time.perf_counter()
-            ended = _drive(side, gateway, core, recorder, console)
+            ended = _drive(side, control, recorder, log, signals, console)
             wall = time.perf_counter() - began
+        finally:
+            log.close()
+        ended = ended or log.failure
+        more = {}
         if side.otlp_file:
             from lab.observe.otel import write_otlp
 
-            directory.write("spans.otlp.jsonl", lambda file: write_otlp(file, spans(recorder, info), info))
+            more["spans.otlp.jsonl"] = lambda file: write_otlp(file, spans(recorder, info), info)
+        if ended is not None and console is not None:
+            console.say(f"What was recorded goes to '{directory.path}', marked as partial.")
         directory.save(
             recorder,
             info,
@@ -94,18 +112,50 @@ def run_side(side: Side, path: Path, console: Console | None) -> Path:
             wall_s=wall,
             workload=side.requests,
             partial=_because(ended),
+            more=more,
         )
         if ended is not None:
             raise ended
-        for target in side.export_to:
-            from lab.observe.otel import export_to
+    return Ran(directory.path, recorder, info)
 
-            export_to(target, spans(recorder, info), info)
-    return directory.path
+
+class _Log(Observer):
+    """The log on disk. Its first failure ends the run; while the run is ending, none costs anything more."""
+
+    def __init__(self, log: JsonLog) -> None:
+        self._log = log
+        self.failure: RunError | None = None
+        self.ending = False
+
+    def on_step(self, step: StepRecord) -> None:
+        self._guarded(self._log.on_step, step)
+
+    def on_request(self, record: RequestRecord) -> None:
+        self._guarded(self._log.on_request, record)
+
+    def on_fleet(self, event: FleetEvent) -> None:
+        self._guarded(self._log.on_fleet, event)
+
+    def close(self) -> None:
+        self.ending = True
+        self._guarded(self._log.close)
+
+    def _guarded(self, call: Callable[..., None], *told: object) -> None:
+        try:
+            call(*told)
+        except RunError as error:
+            self.failure = self.failure or error
+            if not self.ending:
+                raise
 
 
 def _drive(
-    side: Side, gateway: Gateway, core: EngineCore, recorder: Recorder, console: Console | None
+    side: Side,
+    control: ControlPlane,
+    recorder: Recorder,
+    log: _Log,
+    signals: interrupts.OneInterrupt,
+    console: Console | None,
 ) -> BaseException | None:
     """Let the backend run. Whatever ends it early is returned, with every live request recorded."""
     total = len(side.requests)
@@ -118,14 +168,22 @@ def _drive(
                 note = f"step {core.steps}, {core.running} running, {core.waiting} waiting, KV {_kv(core)} %"
                 update(len(recorder.requests), f"{note}, {now / 1e9:.1f} s")
 
-        drive = side.backend.drive(gateway, core, side.requests, progress)
+        drive = side.backend.drive(control, side.requests, progress)
         try:
             drive.run()
-        except (KeyboardInterrupt, Exception) as error:  # a bug of ours must not cost the record either
-            core.interrupt(drive.now)
-            return error
+        except (KeyboardInterrupt, SystemExit, Exception) as error:
+            # A bug of ours must not cost the record either, nor an impatient second Ctrl-C.
+            signals.saving()
+            log.ending = True
+            for core in control.fleet.cores:
+                core.interrupt(drive.now)
+            return _exited(error, side) if isinstance(error, SystemExit) else error
+        finally:
+            signals.saving()
+            log.ending = True
+            control.fleet.close(drive.now)
         if update is not None:
-            update(total, f"{core.steps} steps, {drive.now / 1e9:.1f} s of run time")
+            update(total, f"{len(recorder.steps)} steps, {drive.now / 1e9:.1f} s of run time")
     return None
 
 
@@ -133,11 +191,24 @@ def _kv(core: EngineCore) -> int:
     return round(100 * core.pool.held / core.pool.total)
 
 
+def _exited(error: SystemExit, side: Side) -> DiptychError:
+    """A policy that calls `sys.exit` has failed like one that raises: its own line is at fault."""
+    while isinstance(error.__cause__, SystemExit):  # SimPy raises a copy
+        error = error.__cause__
+    chosen = side.spec.policies
+    return blame(
+        error,
+        f"policy '{chosen['policy']['name']}'",
+        "a policy may not end the process",
+        eviction=str(chosen.get("eviction", {}).get("name", "")),
+    )
+
+
 def _because(ended: BaseException | None) -> str | None:
     if ended is None:
         return None
     if isinstance(ended, KeyboardInterrupt):
-        return "it was interrupted (Ctrl-C)"
+        return f"it was interrupted ({interrupts.reason(ended)})"
     return (
         str(ended) if isinstance(ended, DiptychError) else f"it failed with {type(ended).__name__}: {ended}"
     )

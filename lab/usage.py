@@ -11,37 +11,57 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lab import plugins
-from lab.config import COSTS, DEFAULT_TRACE, MODELS, REQUIRED, SEAMS, Choice, Config, choice_schema, traces
+from lab.config import (
+    COSTS,
+    DEFAULT_TRACE,
+    MODELS,
+    REQUIRED,
+    SEAMS,
+    Choice,
+    Config,
+    StudyConfig,
+    choice_schema,
+    traces,
+)
 from lab.errors import DiptychError
 
 _ABOUT = {
     "policy": "who gets how many tokens of the next step; also module:Class or ./file.py:Class",
+    "preemption": "whom to preempt when KV runs short, and whether its KV is dropped or swapped out",
+    "predictor": "how output lengths are foreseen, for policies that order by them",
     "eviction": "which cached KV block to give up",
     "admission": "whether a request enters",
     "routing": "which replica serves it",
+    "scaling": "how many replicas there are",
     "trace": "the workload",
     "model": "what is served; also a local directory or a hub id (org/name)",
     "cost": "where simulated durations come from",
 }
 
 
-def usage(prog: str, about: str, words: Sequence[str]) -> str:
-    """The help page. `words` are the overrides beside `--help`: options of what they choose are shown."""
+def usage(prog: str, about: str, words: Sequence[str], config_dir: Path | None = None) -> str:
+    """The help page. `words` are the overrides beside `--help`: options of what they choose are shown.
+
+    `config_dir` is where `+experiment=NAME` would be looked for; it is offered where there are any.
+    """
     chosen = {**SEAMS, "trace": DEFAULT_TRACE, "model": "smollm2", "cost": "fitted"}
     for word in words:
         key, _, value = word.partition("=")
         if key in chosen and value:
             chosen[key] = value.split(",")[0]
+    prepared = sorted(path.stem for path in (config_dir / "experiment").glob("*.yaml")) if config_dir else []
     lines = [
         f"usage: {prog} [GROUP=NAME ...] [OPTION=VALUE ...]",
         *([f"\n{about}"] if about else []),
         "",
         "  -m, --multirun    run every combination of listed values: -m policy=fcfs,sjf seed=0,1",
         "  --cfg job         print the configuration and stop",
-        "  --config-dir DIR  more configuration files, for +experiment=NAME (default: experiments/conf)",
+        "  --config-dir DIR  more configuration files: DIR/experiment/NAME.yaml is +experiment=NAME",
+        *([f"  +experiment=NAME  a prepared one: {', '.join(prepared)}"] if prepared else []),
         "  -h, --help        this page, with the options of what is chosen beside it (trace=poisson --help)",
         "",
         "Choices (* unless something else is said)",
@@ -55,7 +75,12 @@ def usage(prog: str, about: str, words: Sequence[str]) -> str:
     config = Config()
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if item.name in SEAMS or item.name == "trace":
+        if item.name == "origin":
+            continue
+        if item.name == "studies":
+            if prepared:  # who defines studies needs a file of them
+                lines += _nested("studies.STUDY", StudyConfig(), {})
+        elif item.name in SEAMS or item.name == "trace":
             lines += _choice_options(item.name, chosen[item.name])
         elif dataclasses.is_dataclass(value):
             for option in dataclasses.fields(value):
@@ -95,7 +120,8 @@ def _nested(prefix: str, node: Any, docs: dict[str, str]) -> list[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             lines += _nested(f"{prefix}.{item.name}", value, field_docs(type(value)))
         else:
-            lines.append(_line(f"{prefix}.{item.name}={_show(value)}", docs.get(item.name, "")))
+            about = docs.get(item.name) or item.metadata.get("help", "")
+            lines.append(_line(f"{prefix}.{item.name}={_show(value)}", about))
     return lines
 
 

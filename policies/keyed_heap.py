@@ -51,6 +51,18 @@ class KeyedHeap(Generic[Name]):
         """The least key. Raises IndexError when empty."""
         return self._keys[self.peek()]
 
+    def first(self, count: int) -> list[Name]:
+        """The names with the `count` least keys, in order; they stay. O(count log n)."""
+        found: list[tuple[Key, Name]] = []
+        while self._heap and len(found) < count:
+            key, name = heappop(self._heap)
+            # A name that left and came back with the same key stands here twice, side by side.
+            if self._keys.get(name) == key and (not found or found[-1][1] != name):
+                found.append((key, name))
+        for entry in found:
+            heappush(self._heap, entry)
+        return [name for _, name in found]
+
     def pop(self) -> Name:
         """Remove and return the name with the least key."""
         name = self.peek()

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from lab.assembly import ControlPlane
 from lab.backend import Backend, Progress, kv_blocks
 from lab.config import Config, cache_dir
 from lab.console import Console
-from lab.control.core import EngineCore
 from lab.control.executor import Capacity
-from lab.control.gateway import Gateway
 from lab.control.request import Request
 from lab.errors import ModelError
 from real_engine.driver import SteppedRun
@@ -30,10 +29,8 @@ class RealBackend:
         self.capacity: Capacity = executor.capacity
         self.about = about
 
-    def drive(
-        self, gateway: Gateway, core: EngineCore, requests: Sequence[Request], progress: Progress
-    ) -> SteppedRun:
-        return SteppedRun(gateway, core, self.executor, requests, progress)
+    def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> SteppedRun:
+        return SteppedRun(control, self.executor, requests, progress)
 
     def close(self) -> None:
         self.executor.close()
@@ -51,5 +48,11 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
 
     spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads)
     model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
-    executor = TorchExecutor(model, blocks=kv_blocks(cfg), block_size=cfg.kv.block_size)
+    executor = TorchExecutor(
+        model,
+        blocks=kv_blocks(cfg),
+        block_size=cfg.kv.block_size,
+        host_blocks=cfg.kv.host_blocks,
+        transfer_gb_s=cfg.kv.transfer_gb_s,
+    )
     return RealBackend(executor, executor.about, model.config.eos_token_ids)

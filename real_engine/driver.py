@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lab.assembly import ControlPlane
 from lab.control.clock import ControlTimer, MeasuredControl
 from lab.control.core import EngineCore
 from lab.control.executor import Executor
-from lab.control.gateway import Gateway
 from lab.control.loop import IDLE, serve
 from lab.control.request import Request
 
@@ -27,14 +27,13 @@ class SteppedRun:
 
     def __init__(
         self,
-        gateway: Gateway,
-        core: EngineCore,
+        control: ControlPlane,
         executor: Executor,
         requests: Sequence[Request],
         progress: Progress | None = None,
         timer: ControlTimer | None = None,
     ) -> None:
-        self._gateway, self._core, self._executor = gateway, core, executor
+        self._gateway, self._core, self._executor = control.gateway, control.core, executor
         self._requests = requests
         self._progress = progress
         self._timer = timer or MeasuredControl()

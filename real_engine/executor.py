@@ -1,7 +1,7 @@
 """The real data plane: executes a plan with torch. Data plane; request path (its tables: state path).
 
-`execute` is the whole of it: prepare (what the plan says, as arrays), forward (logits), sample (tokens). The
-three are timed back to back, so they add up to what the call takes.
+`execute` is the whole of it: transfer (swapped KV), prepare (what the plan says, as arrays), forward (logits),
+sample (tokens). They are timed back to back, so they add up to what the call takes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class TorchExecutor:
         *,
         blocks: int,
         block_size: int = 16,
+        host_blocks: int = 0,
+        transfer_gb_s: float = 16.0,
         attention: AttentionBackend | None = None,
         keep_logits: bool = False,
     ) -> None:
@@ -49,11 +51,21 @@ class TorchExecutor:
                 f"{self._attention.block_size_multiple}; kv.block_size is {block_size}"
             )
         config = model.config
-        self.capacity = Capacity(blocks, block_size, config.max_context, config.vocab_size)
+        shape = KvShape.of(config, model.dtype, block_size)
+        self.capacity = Capacity(
+            blocks,
+            block_size,
+            config.max_context,
+            config.vocab_size,
+            host_blocks,
+            shape.block_bytes,
+            transfer_gb_s,
+        )
         self.logits: dict[RequestId, Tensor] = {}
         self._keep_logits = keep_logits
         self._model = model
-        self._memory = KvMemory(KvShape.of(config, model.dtype, block_size), blocks)
+        self._memory = KvMemory(shape, blocks)
+        self._host = KvMemory(shape, host_blocks) if host_blocks else None
         self._sequences = Sequences(
             blocks=blocks,
             block_size=block_size,
@@ -80,10 +92,12 @@ class TorchExecutor:
         started = perf_counter_ns()
         if self._closed:
             raise ExecutorError(f"step {plan.index}: the executor is closed")
+        transfer_ns = self._transfer(plan, started) if plan.moved_blocks else 0
+        started += transfer_ns
         self._sequences.apply(plan)
         self.logits.clear()
         if not plan.work:
-            return StepResult((), prepare_ns=perf_counter_ns() - started)
+            return StepResult((), prepare_ns=perf_counter_ns() - started, transfer_ns=transfer_ns)
         with torch.inference_mode():
             batch, names, params, positions = self._sequences.pack(plan)
             attention = self._attention.prepare(batch, self._memory)
@@ -101,9 +115,22 @@ class TorchExecutor:
             forward_ns=forwarded - prepared,
             sample_ns=perf_counter_ns() - forwarded,
             logprobs=logprobs,
+            transfer_ns=transfer_ns,
         )
+
+    def _transfer(self, plan: StepPlan, started: int) -> int:
+        """Swap out, then in; returns the nanoseconds since `started`."""
+        if self._host is None:
+            raise ExecutorError(f"step {plan.index} moves KV to the host, but there is no host tier")
+        out = [pair for move in plan.swap_out for pair in move.pairs]
+        back = [(host, device) for move in plan.swap_in for device, host in move.pairs]
+        self._host.copy(self._memory, out)
+        self._memory.copy(self._host, back)
+        return perf_counter_ns() - started
 
     def close(self) -> None:
         """Give back the KV cache. May be called twice."""
         self._closed = True
         self._memory.free()
+        if self._host is not None:
+            self._host.free()

@@ -6,6 +6,7 @@ vLLM's kernels take too. Which block holds what is the control plane's business 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,14 @@ class KvMemory:
     @property
     def nbytes(self) -> int:
         return self.blocks * self.shape.block_bytes
+
+    def copy(self, source: KvMemory, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks of all layers from another memory of the same shape: (its block, block of this)."""
+        if not pairs:
+            return
+        theirs, ours = (torch.tensor(blocks) for blocks in zip(*pairs, strict=True))
+        for mine, other in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
+            mine[ours] = other[theirs]
 
     def free(self) -> None:
         """Give the memory back; the cache can't be used afterwards. May be called twice."""

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lab import plugins
-from lab.assembly import EngineSpec
+from lab.assembly import ControlPlane, EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
 from lab.config import Config, cache_dir
 from lab.console import Console
-from lab.control.core import EngineCore
 from lab.control.executor import Capacity
-from lab.control.gateway import Gateway
 from lab.control.request import Request
 from lab.control.step import Limits
 from lab.errors import ConfigError, ReplayError
 from sim.cost.linear import FORMAT, LinearCost
 from sim.cost.model import CostModel
 from sim.cost.replay import RecordedCost
+from sim.cost.transfer import WithTransfers
 from sim.driver import Simulation
 from sim.executor import SimExecutor
 
@@ -55,10 +54,8 @@ class SimBackend:
         self.cost = cost
         self.executor = SimExecutor(cost, capacity)
 
-    def drive(
-        self, gateway: Gateway, core: EngineCore, requests: Sequence[Request], progress: Progress
-    ) -> Simulation:
-        return Simulation(gateway, core, self.executor, requests, progress)
+    def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
+        return Simulation(control, self.executor, requests, progress)
 
     def close(self) -> None:
         self.executor.close()
@@ -79,15 +76,15 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
             )
         about: dict[str, Any] = {"cost": "replay", "recorded": recorded.path.name, "model": cfg.model.name}
         return SimBackend(recorded_cost(recorded), capacity, "replayed", about)
-    cost = _fitted(cfg, console, beside)
+    cost = LinearCost.load(REFERENCE) if cfg.cost.name == "reference" else _fitted(cfg, console, beside)
     capacity = beside.capacity if beside is not None else _capacity(cfg, cost)
     about = {
-        "cost": "fitted",
+        "cost": cfg.cost.name,
         "calibration": dict(cost.measured_on),
         "model": cfg.model.name,
         "dtype": cfg.model.dtype,
     }
-    return SimBackend(cost, capacity, "modelled", about)
+    return SimBackend(WithTransfers(cost, capacity), capacity, "modelled", about)
 
 
 def recorded_cost(run: Run) -> RecordedCost:
@@ -221,6 +218,9 @@ def _capacity(cfg: Config, cost: LinearCost) -> Capacity:
         cfg.kv.block_size,
         int(known.get("max_context", 8192)),
         int(known.get("vocab_size", 49152)),
+        cfg.kv.host_blocks,
+        int(known["block_bytes"]) * cfg.kv.block_size // int(known["block_size"]),
+        cfg.kv.transfer_gb_s,
     )
 
 

@@ -128,8 +128,7 @@ def shakedown(
     core = EngineCore(
         policy,
         eviction,
-        blocks=capacity.blocks,
-        block_size=capacity.block_size,
+        capacity=capacity,
         limits=limits,
         observer=steps,
     )

@@ -1,4 +1,4 @@
-"""Time, by SimPy: one process for the arrivals, one for each replica. Request path.
+"""Time, by SimPy: one process for the arrivals, one for each replica, one that looks at the fleet. Request path.
 
 SimPy's clock is the run's clock: integer nanoseconds. At equal times arrivals come first, as they do in the
 real engine's stepped clock, so that both see the same order of events.
@@ -11,8 +11,8 @@ from typing import Any
 
 import simpy
 
+from lab.assembly import ControlPlane
 from lab.control.core import EngineCore
-from lab.control.gateway import Gateway
 from lab.control.loop import IDLE, serve
 from lab.control.request import Request
 from sim.executor import SimExecutor
@@ -21,32 +21,40 @@ Progress = Callable[[EngineCore, int], None]
 
 
 class Simulation:
-    """One replica behind a gateway, fed from a list of requests in order of arrival."""
+    """A fleet of replicas behind a gateway, fed from a list of requests in order of arrival.
+
+    `executor` is the first replica's data plane; further replicas get one of the same kind.
+    """
 
     def __init__(
         self,
-        gateway: Gateway,
-        core: EngineCore,
+        control: ControlPlane,
         executor: SimExecutor,
         requests: Sequence[Request],
         progress: Progress | None = None,
     ) -> None:
         self._env = simpy.Environment()
-        self._gateway, self._core, self._executor = gateway, core, executor
+        self._gateway, self._fleet = control.gateway, control.fleet
+        self._executor = executor
         self._requests = requests
         self._next = 0
         self._progress = progress
-        self._idle: simpy.Event | None = None
+        self._idle: dict[int, simpy.Event] = {}
+        self._serving = 0
+        self._done = self._env.event()
 
     @property
     def now(self) -> int:
         return int(self._env.now)
 
     def run(self) -> None:
-        """Until every request has ended. Raises what the policy or the cost model raises."""
+        """Until every request has ended. Raises what a policy or the cost model raises."""
         self._env.process(self._arrivals())
-        replica = self._env.process(self._replica())
-        self._env.run(until=replica)
+        for core in self._fleet.cores:
+            self._serve(core)
+        if self._fleet.spec.most > self._fleet.spec.replicas:
+            self._env.process(self._looks())
+        self._env.run(until=self._done)
 
     def _arrivals(self) -> Generator[simpy.Event, Any, None]:
         env, requests = self._env, self._requests
@@ -54,24 +62,47 @@ class Simulation:
             wait = requests[self._next].arrival - env.now
             if wait > 0:
                 yield env.timeout(wait)
+            awake: dict[int, None] = {}
             while self._next < len(requests) and requests[self._next].arrival <= env.now:
                 request = requests[self._next]
                 self._next += 1
-                self._gateway.submit(request, int(env.now))
-            if self._idle is not None:
-                self._idle.succeed()
-                self._idle = None
+                awake[self._gateway.submit(request, int(env.now)).replica] = None
+            if self._next == len(requests):
+                awake = dict.fromkeys(sorted(self._idle))  # a last chance for what was left waiting
+            for index in awake:
+                self._wake(index)
+        self._end_if_over()
 
-    def _replica(self) -> Generator[simpy.Event, Any, None]:
-        env, core = self._env, self._core
-        for wait in serve(core, self._executor, self._executor, lambda: int(env.now)):
+    def _end_if_over(self) -> None:
+        over = self._next == len(self._requests) and self._serving == len(self._idle)
+        if over and not self._done.triggered:
+            self._done.succeed()
+
+    def _wake(self, index: int) -> None:
+        event = self._idle.pop(index, None)
+        if event is not None:
+            event.succeed()
+
+    def _serve(self, core: EngineCore) -> None:
+        # Executors keep what a run has told them, so replicas don't share one.
+        executor = self._executor if core.replica == 0 else self._executor.another()
+        self._serving += 1
+        self._env.process(self._replica(core, executor))
+
+    def _replica(self, core: EngineCore, executor: SimExecutor) -> Generator[simpy.Event, Any, None]:
+        env, index = self._env, core.replica
+        for wait in serve(core, executor, executor, lambda: int(env.now)):
             if wait == IDLE:
-                if self._next == len(self._requests):
-                    if core.has_work:
-                        raise core.stalled()
-                    return
-                self._idle = env.event()
-                yield self._idle
+                over = self._next == len(self._requests)
+                if core.has_work and (over or self._fleet.draining(index)):
+                    raise core.stalled()
+                if self._fleet.draining(index):
+                    self._fleet.left(index, int(env.now))
+                    break
+                # Idle to the end: the scaling policy may still send it away while others are busy.
+                awake = self._idle[index] = env.event()
+                self._end_if_over()
+                yield awake
                 continue
             yield env.timeout(wait)
             if self._next < len(self._requests) and self._requests[self._next].arrival == env.now:
@@ -79,3 +110,21 @@ class Simulation:
                 yield env.timeout(0)
             if self._progress is not None:
                 self._progress(core, int(env.now))
+        self._serving -= 1
+        self._end_if_over()
+
+    def _looks(self) -> Generator[simpy.Event, Any, None]:
+        """The scaling policy's turn, once an interval."""
+        env, interval = self._env, self._fleet.scaling.interval
+        while True:
+            yield env.timeout(interval)
+            for index, ready in self._fleet.look(int(env.now)):
+                env.process(self._start(index, ready - int(env.now)))
+            for index in [index for index in self._idle if self._fleet.draining(index)]:
+                self._wake(index)
+
+    def _start(self, index: int, cold: int) -> Generator[simpy.Event, Any, None]:
+        yield self._env.timeout(cold)
+        core = self._fleet.started(index, int(self._env.now))
+        if core is not None:
+            self._serve(core)

@@ -21,6 +21,10 @@ class SimExecutor:
         self._unforced: dict[RequestId, Request] = {}
         self._timing = StepTiming(0, 0, 0, 0, 0)
 
+    def another(self) -> SimExecutor:
+        """A data plane like this one, for another replica."""
+        return SimExecutor(self._cost, self.capacity)
+
     def start(self) -> None:
         """Modelled time needs no stopwatch."""
 
@@ -44,7 +48,9 @@ class SimExecutor:
         else:
             tokens = (0,) * sum(work.samples for work in plan.work)
         timing = self._timing
-        return StepResult(tokens, timing.prepare_ns, timing.forward_ns, timing.sample_ns)
+        return StepResult(
+            tokens, timing.prepare_ns, timing.forward_ns, timing.sample_ns, transfer_ns=timing.transfer_ns
+        )
 
     def close(self) -> None:
         self._unforced.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, TypeVar
 
@@ -134,6 +134,11 @@ def _typed(hint: Any, value: object, option: str) -> object:
             return value
         if isinstance(value, Mapping):
             return fill(typing.cast(type, kind), value, option)
+    elif typing.get_origin(kind) is list:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            (inner,) = typing.get_args(kind)
+            return [_typed(inner, item, f"{option}.{number}") for number, item in enumerate(value)]
+        raise ConfigError(f"{option} is {shown(value)}; expected a list")
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # an integer too large for a float falls through
             return float(value)

@@ -79,9 +79,17 @@ class PoissonOptions(ShapeOptions):
     prefix_groups: int = 1
     """Number of different system prompts, each as likely as the others."""
     tenants: int = 1
-    """Tenants t0, t1, ..., each as likely as the others."""
+    """Tenants t0, t1, ..., as likely as `tenant_shares` says."""
+    tenant_shares: list[float] = field(default_factory=list)
+    """How much each tenant sends, as weights; empty: all the same."""
     priorities: int = 1
-    """Priority classes 0, 1, ..., each as likely as the others."""
+    """Priority classes 0, 1, ..., as likely as `priority_shares` says."""
+    priority_shares: list[float] = field(default_factory=list)
+    """How frequent each class is, as weights; empty: all the same."""
+    ttft_slo_ms: list[float] = field(default_factory=list)
+    """TTFT objective of each priority class; empty: the run's for all."""
+    tpot_slo_ms: list[float] = field(default_factory=list)
+    """TPOT objective of each priority class; empty: the run's for all."""
 
 
 @dataclass
@@ -109,6 +117,11 @@ def load_synthetic(name: str, options: PoissonOptions) -> Workload:
     for option in ("prefix_groups", "tenants", "priorities"):
         value = getattr(options, option)
         require(1 <= value <= MOST_REQUESTS, option, value, f"an integer from 1 to {MOST_REQUESTS}")
+    for option in ("tenant_shares", "priority_shares", "ttft_slo_ms", "tpot_slo_ms"):
+        values = getattr(options, option)
+        whose = "tenants" if option == "tenant_shares" else "priorities"
+        good = all(0 < value <= 1e9 for value in values) and len(values) in (0, getattr(options, whose))
+        require(good, option, values, f"one number > 0, at most 1e9, for each of the {whose}")
     if isinstance(options, GammaOptions):
         require(1e-6 <= options.cv <= 1000, "cv", options.cv, "a number > 0, from 1e-6 to 1000")
     options.prompt.check("prompt")
@@ -136,8 +149,10 @@ def _rows(options: PoissonOptions) -> Iterator[Row]:
     prompts = options.prompt.draw(stream("prompt"), n)
     outputs = options.output.draw(stream("output"), n)
     groups = stream("prefix group").integers(options.prefix_groups, size=n)
-    tenants = stream("tenant").integers(options.tenants, size=n)
-    priorities = stream("priority").integers(options.priorities, size=n)
+    tenants = _classes(stream("tenant"), options.tenants, options.tenant_shares, n)
+    priorities = _classes(stream("priority"), options.priorities, options.priority_shares, n)
+    ttft_slos = [round(value * 1e6) for value in options.ttft_slo_ms]
+    tpot_slos = [round(value * 1e6) for value in options.tpot_slo_ms]
     for index in range(n):
         own = Segment(stream_of("synthetic", options.seed, index), 0, int(prompts[index]))
         pieces: tuple[Segment, ...] = (own,)
@@ -150,4 +165,16 @@ def _rows(options: PoissonOptions) -> Iterator[Row]:
             int(outputs[index]),
             tenant=f"t{tenants[index]}",
             priority=int(priorities[index]),
+            ttft_slo_ns=ttft_slos[priorities[index]] if ttft_slos else None,
+            tpot_slo_ns=tpot_slos[priorities[index]] if tpot_slos else None,
         )
+
+
+def _classes(rng: np.random.Generator, count: int, shares: list[float], n: int) -> NDArray[np.int64]:
+    """`n` draws of one of `count` classes, with these weights if there are any."""
+    import numpy as np
+
+    if not shares:
+        return rng.integers(count, size=n)
+    bounds = np.cumsum(shares)
+    return np.searchsorted(bounds[:-1] / bounds[-1], rng.random(n), side="right")

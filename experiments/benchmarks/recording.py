@@ -65,8 +65,8 @@ def main(model_name: str = "smollm2", count: int = 24) -> float:
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder, JsonLog(Path(folder) / "log.jsonl", info) as log:
         watch = Stopwatch(Observers(recorder, log))
-        gateway, core = assemble(spec, executor.capacity, watch)
-        SteppedRun(gateway, core, executor, requests).run()
+        control = assemble(spec, executor.capacity, watch)
+        SteppedRun(control, executor, requests).run()
     steps_ns = sum(step.timing.total_ns for step in recorder.steps)
     share = 100 * watch.spent_ns / steps_ns
     each = steps_ns / len(recorder.steps) / 1e6

@@ -33,6 +33,7 @@ def compare_decisions(a: RunLike, b: RunLike, keys: tuple[str, str]) -> dict[str
             first = min(first, (now, step, replica)) if first else (now, step, replica)
     return {
         "first_divergent_step": None if first is None else first[1],
+        "replicas": len(set(chains[0]) | set(chains[1])),
         "steps": {keys[0]: len(a.steps), keys[1]: len(b.steps)},
         "common_prefix_ratio": common / longest if longest else 1.0,
         "first_divergence": None if first is None else _describe(a, b, keys, first[1], first[2]),
@@ -69,7 +70,7 @@ def _describe(a: RunLike, b: RunLike, keys: tuple[str, str], step: int, replica:
     }
     for field in ("admitted", "preempted", "rejected"):
         difference[field] = _only(left[field], right[field], keys)
-    arrived_only = _only(_arrived(a, left["now_ns"]), _arrived(b, right["now_ns"]), keys)
+    arrived_only = _only(_arrived(a, left["now_ns"], replica), _arrived(b, right["now_ns"], replica), keys)
     same_clock = left["now_ns"] == right["now_ns"]
     cause = "arrivals" if any(arrived_only.values()) else "rule" if same_clock else "clock"
     return detail | {"cause": cause, "difference": difference, "arrived_only": arrived_only}
@@ -113,6 +114,8 @@ def _only(left: list[str], right: list[str], keys: tuple[str, str]) -> dict[str,
     }
 
 
-def _arrived(run: RunLike, now: int) -> list[str]:
-    requests = run.requests[run.requests["arrival_ns"] <= now]
-    return sorted(str(request) for request in requests["id"])
+def _arrived(run: RunLike, now: int, replica: int) -> list[str]:
+    """The requests that had come to this replica, or were turned away at the gateway (replica -1)."""
+    requests = getattr(run, "whole", run).requests  # also those that aren't compared
+    there = (requests["arrival_ns"] <= now) & requests["replica"].isin([replica, -1])
+    return sorted(str(request) for request in requests.loc[there, "id"])

@@ -30,6 +30,7 @@ from lab.analysis.frames import (
     sides,
     stage_times,
 )
+from lab.analysis.scope import Scope, cut, scope
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,8 @@ class Diff:
     keys: tuple[str, str]
     labels: tuple[str, str]
     partial: tuple[bool, bool]
+    scope: Scope
+    """What of the two runs is compared, where it isn't all."""
     metrics: dict[str, dict[str, float | None]]
     """Each scalar of metrics.json: both sides' values and `error_pct` (b against a; None where undefined)."""
     decisions: dict[str, Any]
@@ -71,6 +74,7 @@ class Diff:
             "schema": 1,
             "sides": dict(zip(("a", "b"), self.labels, strict=True)),
             "partial": dict(zip(self.keys, self.partial, strict=True)),
+            "scope": self.scope.to_json(),
             "metrics": self.metrics,
             "decisions": self.decisions,
             "requests": self.alignment,
@@ -94,10 +98,19 @@ def diff(a: RunLike, b: RunLike, resimulated: RunLike | None = None, parity: boo
     `resimulated` is b's configuration and policy driven with a's step durations. It splits each headline
     error in two: what stays when the durations are right is decision error, what goes is duration error.
     It also answers `parity` (equal decisions under equal durations), unless the caller knows already.
+
+    Of partial runs and of different workloads only what they have in common is compared, and nothing is made
+    of `resimulated`: it ran other work than the reference.
     """
     keys, labels = sides(a, b)
+    whole, found = (a, b), scope(a, b)
+    a, b = cut(a, b, found)
+    if not found.whole:
+        resimulated = parity = None
     done = finished(a.requests), finished(b.requests)
     ids = done[0].index.intersection(done[1].index)
+    if found.ids is not None:
+        ids = ids[ids.isin(found.ids)]
     matched_a, matched_b = (frame.loc[ids] for frame in done)
     pieces = intervals(a.requests), intervals(b.requests)
     requests = _per_request(keys, (matched_a, matched_b), pieces)
@@ -106,10 +119,11 @@ def diff(a: RunLike, b: RunLike, resimulated: RunLike | None = None, parity: boo
     return Diff(
         keys=keys,
         labels=labels,
-        partial=(bool(a.partial), bool(b.partial)),
+        partial=found.partial,
+        scope=found,
         metrics=_metrics(a.metrics, b.metrics, keys),
         decisions=compare_decisions(a, b, keys),
-        alignment=_alignment(a.requests, b.requests, ids, keys),
+        alignment=_alignment(*((a, b) if any(found.partial) else whole), ids, keys),
         requests=requests,
         attribution={
             "e2e": _attribute(requests, "e2e"),
@@ -137,9 +151,11 @@ def _metrics(
     return table
 
 
-def _alignment(a: pd.DataFrame, b: pd.DataFrame, ids: pd.Index[Any], keys: tuple[str, str]) -> dict[str, Any]:
+def _alignment(a: RunLike, b: RunLike, ids: pd.Index[Any], keys: tuple[str, str]) -> dict[str, Any]:
     """What was matched; and ids on one side only, unlike outcomes and unlike work, which could not be."""
-    left, right = (frame.drop_duplicates("id").set_index("id", drop=False).sort_index() for frame in (a, b))
+    left, right = (
+        run.requests.drop_duplicates("id").set_index("id", drop=False).sort_index() for run in (a, b)
+    )
     both = left.index.intersection(right.index)
     x, y = left.loc[both], right.loc[both]
     unlike = x["outcome"].to_numpy() != y["outcome"].to_numpy()
@@ -210,9 +226,13 @@ def _step_phases(a: pd.DataFrame, b: pd.DataFrame, keys: tuple[str, str]) -> dic
     """Where the run's span went on each side: the phases of its steps, and the idle time between them."""
 
     def spent(steps: pd.DataFrame) -> dict[str, int]:
-        phases = {phase: int(steps[f"{phase}_ns"].sum()) for phase in STEP_PHASES}
+        phases = {
+            phase: int(steps[f"{phase}_ns"].sum()) if f"{phase}_ns" in steps else 0 for phase in STEP_PHASES
+        }
         span = int(steps["end_ns"].max()) if len(steps) else 0
-        return phases | {"idle": span - sum(phases.values()), "span": span}
+        # Each replica is idle from the run's beginning to its end, except in its own steps.
+        idle = span * steps["replica"].nunique() - sum(phases.values())
+        return phases | {"idle": idle, "span": span}
 
     left, right = spent(a), spent(b)
     moved = sum(abs(right[phase] - left[phase]) for phase in (*STEP_PHASES, "idle"))

@@ -16,11 +16,23 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-STAGES = ("queue", "preempted", "prefill", "decode")
-"""Stages that tile a request: waiting for the first time, waiting after a preemption, prefill, decode."""
+STAGES = ("queue", "preempted", "swapped", "prefill", "decode")
+"""Stages that tile a request: waiting for the first time, waiting after a preemption that dropped or that kept
+its KV blocks (`swapped`, in host memory), prefill, decode."""
 
-STEP_PHASES = ("plan", "prepare", "forward", "sample", "commit")
+STAGE_WORDS = {
+    "queue": "queueing",
+    "preempted": "waiting after preemption",
+    "swapped": "waiting swapped out",
+    "prefill": "prefill",
+    "decode": "decode",
+}
+
+STEP_PHASES = ("plan", "transfer", "prepare", "forward", "sample", "commit")
 """Stages that tile a step, control plane outside, data plane inside."""
+
+_CAUSES = ("preempted", "swapped")
+"""Causes of waiting that are stages of their own."""
 
 
 class RunLike(Protocol):
@@ -59,18 +71,24 @@ def name(run: RunLike) -> str:
 
 
 def sides(a: RunLike, b: RunLike) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Keys and printed labels of a pair: `real`/`sim` where it is such a pair, else `a`/`b` and two names."""
+    """Keys and printed labels of a pair: `real`/`sim` where it is such a pair, else `a`/`b` and two names.
+
+    The names are the ends of the runs' paths, as long as it takes to tell them apart: `sweep/0`, `sweep/1`.
+    """
     backends = backend(a), backend(b)
     if set(backends) == {"real", "sim"}:
         return backends, backends
-    labels = name(a), name(b)
-    if labels[0] == labels[1]:
-        parents = tuple(Path(p).parent.name if (p := getattr(run, "path", None)) else "" for run in (a, b))
-        if parents[0] != parents[1] and all(parents):
-            labels = f"{parents[0]}/{labels[0]}", f"{parents[1]}/{labels[1]}"
-        else:
-            labels = f"{labels[0]} (a)", f"{labels[1]} (b)"
-    return ("a", "b"), labels
+    paths = [Path(path).parts if (path := getattr(run, "path", None)) else () for run in (a, b)]
+    for length in (1, 2, 3, 4):
+        ends = [parts[-length:] for parts in paths]
+        if ends[0] != ends[1] and all(_telling(end) for end in ends):
+            return ("a", "b"), ("/".join(ends[0]), "/".join(ends[1]))
+    return ("a", "b"), (f"{name(a)} (a)", f"{name(b)} (b)")
+
+
+def _telling(end: tuple[str, ...]) -> bool:
+    """Whether a path's end is more than a side's name or a sweep's number."""
+    return len(end) > 1 or bool(end and not end[0].isdigit() and end[0] not in ("real", "sim", "replay"))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -103,6 +121,21 @@ def finished(requests: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def asked(run: RunLike) -> pd.DataFrame | None:
+    """What each request of the run's workload asks for: id, arrival_ns, prompt_tokens, output (most tokens).
+
+    None where the run has no workload table.
+    """
+    found: pd.DataFrame | None = getattr(run, "asked", None)
+    return found
+
+
+def stages_of(*runs: RunLike) -> tuple[str, ...]:
+    """The stages to show for these runs: `swapped` only where anything was."""
+    swapped = any("swapped" in set(intervals(run.requests)["stage"]) for run in runs)
+    return tuple(stage for stage in STAGES if swapped or stage != "swapped")
+
+
 def intervals(requests: pd.DataFrame) -> pd.DataFrame:
     """One row an interval: id, stage (of `STAGES`), start_ns, end_ns, first_step, last_step."""
     import pandas as pd
@@ -110,7 +143,7 @@ def intervals(requests: pd.DataFrame) -> pd.DataFrame:
     rows = [
         (
             request,
-            "preempted" if piece["phase"] == "queue" and piece["cause"] == "preempted" else piece["phase"],
+            piece["cause"] if piece["phase"] == "queue" and piece["cause"] in _CAUSES else piece["phase"],
             piece["start_ns"],
             piece["end_ns"],
             piece.get("first_step", -1),

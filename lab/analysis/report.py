@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from lab.analysis.architecture import architecture_svg
 from lab.analysis.diff import Diff
+from lab.analysis.drawing import KV_COLOURS, STAGE_COLOURS, STAGE_LABELS, labelled
 from lab.analysis.files import write_atomic
-from lab.analysis.frames import STAGES, RunLike, intervals, leaves, scalars
-from lab.analysis.plots import KV_COLOURS, STAGE_COLOURS, figures, labelled
+from lab.analysis.frames import RunLike, intervals, leaves, scalars, stages_of
+from lab.analysis.plots import figures
 from lab.analysis.table import number, rows
 from lab.analysis.verdict import changes, divergence, names, percent, verdict
 from lab.errors import RunError
@@ -61,7 +62,7 @@ def render(runs: RunLike | Sequence[RunLike], diff: Diff | None = None) -> str:
         sentences=[] if diff is None else verdict(diff),
         table=_summary(several, diff),
         diff=diff,
-        stages=STAGES,
+        stages=[(stage, STAGE_LABELS[stage]) for stage in stages_of(*several)],
         divergence=None if diff is None else _divergence(diff),
         architecture=Markup(architecture_svg(_span_counts(several))),
         timeline=Markup(_json(_timeline(sides))),
@@ -189,44 +190,50 @@ def _timeline(sides: Sequence[tuple[str, str, RunLike]]) -> dict[str, Any]:
         range(total) if total <= MOST_REQUESTS else (i * total // MOST_REQUESTS for i in range(MOST_REQUESTS))
     )
     ids = [str(requests["id"].iloc[i]) for i in picked]
+    stages = stages_of(*(run for _, _, run in sides))
     panels = []
     for label, colour, run in sides:
         lanes: dict[str, list[list[int]]] = {request: [] for request in ids}
         pieces = intervals(run.requests[run.requests["id"].isin(lanes)])
         columns = (pieces[c].tolist() for c in ("id", "stage", "start_ns", "end_ns"))
         for request, stage, start, end in zip(*columns, strict=True):
-            lanes[request].append([STAGES.index(stage), start // 1000, (end - start) // 1000])
+            lanes[request].append([stages.index(stage), start // 1000, (end - start) // 1000])
         panels.append(
             {
                 "label": label,
                 "colour": colour,
                 "lanes": [lanes[i] for i in ids],
                 "steps": list(_steps(run.steps)),
+                "replicas": sorted(int(replica) for replica in run.steps["replica"].unique()),
             }
         )
     return {
         "ids": ids,
         "total": total,
-        "stages": [{"name": stage, "colour": STAGE_COLOURS[stage]} for stage in STAGES],
+        "stages": [
+            {"name": stage, "label": STAGE_LABELS[stage], "colour": STAGE_COLOURS[stage]} for stage in stages
+        ],
         "panels": panels,
     }
 
 
 def _steps(steps: pd.DataFrame) -> Iterator[list[int]]:
-    """[first step, last step, start, length, prompt tokens, decode tokens] of bars, microseconds."""
-    ordered = steps.sort_values("start_ns")
-    together = max(1, -(-len(ordered) // MOST_STEPS))
-    for i in range(0, len(ordered), together):
-        part = ordered.iloc[i : i + together]
-        start, end = int(part["start_ns"].iloc[0]), int(part["end_ns"].iloc[-1])
-        yield [
-            int(part["step"].iloc[0]),
-            int(part["step"].iloc[-1]),
-            start // 1000,
-            (end - start) // 1000,
-            int(part["prefill_tokens"].sum()),
-            int(part["decode_tokens"].sum()),
-        ]
+    """[first step, last step, start, length, prompt, decode tokens, replica's place] of bars, microseconds."""
+    together = max(1, -(-len(steps) // MOST_STEPS))
+    for place, (_, own) in enumerate(steps.groupby("replica", sort=True)):
+        ordered = own.sort_values("start_ns")
+        for i in range(0, len(ordered), together):
+            part = ordered.iloc[i : i + together]
+            start, end = int(part["start_ns"].iloc[0]), int(part["end_ns"].iloc[-1])
+            yield [
+                int(part["step"].iloc[0]),
+                int(part["step"].iloc[-1]),
+                start // 1000,
+                (end - start) // 1000,
+                int(part["prefill_tokens"].sum()),
+                int(part["decode_tokens"].sum()),
+                place,
+            ]
 
 
 def _json(value: Mapping[str, Any]) -> str:

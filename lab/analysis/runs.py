@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lab.control.observer import RequestRecord, StepRecord
+from lab.control.observer import FleetEvent, RequestRecord, StepRecord
 from lab.control.plan import StepPlan, StepTiming
 from lab.control.request import Request
 from lab.errors import RunError
 from lab.observe import export
+from lab.observe.claim import partial_reason
 from lab.observe.recorder import Recorder
-from lab.observe.rundir import partial_reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +84,30 @@ class Run:
         return self._frame("spans.parquet")
 
     @cached_property
+    def asked(self) -> pd.DataFrame | None:
+        """What the workload's requests ask for: id, arrival_ns, prompt_tokens, output; None without a workload."""
+        import pandas as pd
+
+        if not (self.path / "workload.parquet").is_file():
+            return None
+        columns = ["id", "arrival_ns", "prompt_tokens", "output_len", "max_tokens"]
+        frame = pd.read_parquet(self._file("workload.parquet"), columns=columns).drop_duplicates("id")
+        output = frame["output_len"].fillna(frame["max_tokens"]).astype("int64")
+        return frame[columns[:3]].assign(output=output)
+
+    def prompts_as_in(self, other: Run) -> bool:
+        """Whether both workloads have the same prompts, token by token, for the same requests."""
+        import pyarrow.parquet as pq
+
+        files = [run._file("workload.parquet") for run in (self, other)]
+        if files[0].read_bytes() == files[1].read_bytes():
+            return True
+        tables = [
+            pq.read_table(file, columns=["id", "pieces"]).sort_by("id").combine_chunks() for file in files
+        ]
+        return bool(tables[0].equals(tables[1]))
+
+    @cached_property
     def metrics(self) -> dict[str, Any]:
         """`metrics.json`; keys in `lab/observe/metrics.py`."""
         return self._json("metrics.json")
@@ -104,6 +130,21 @@ class Run:
         if not isinstance(config, dict):
             raise RunError(f"can't read '{path}': expected a mapping, found a {type(config).__name__}")
         return {str(key): value for key, value in config.items()}
+
+    def all_rejected(self) -> str:
+        """One sentence where every request was rejected, with the reason that most of them got; else ""."""
+        counts = self.metrics.get("requests", {})
+        rejected = counts.get("rejected", 0)
+        if not rejected or sum(counts.values()) != rejected:
+            return ""
+        import pyarrow.parquet as pq  # not pandas: a simulation alone must not wait for it
+
+        reasons = pq.read_table(self._file("requests.parquet"), columns=["reason"])["reason"].to_pylist()
+        kinds = Counter(_without_numbers(reason) for reason in reasons)
+        (kind, count), *others = kinds.most_common()
+        example = next(reason for reason in reasons if _without_numbers(reason) == kind)
+        whose = f" ({count} of them)" if others else ""
+        return f"all {rejected} requests were rejected{whose}, for example: {example}"
 
     # -- records ---------------------------------------------------------------------------------------
 
@@ -131,11 +172,16 @@ class Run:
         workload = self.workload()
         return self._records("requests.parquet", lambda path: export.read_requests(path, workload))
 
+    def fleet_events(self) -> list[FleetEvent]:
+        """When replicas came and went."""
+        return self._records("fleet.parquet", export.read_fleet)
+
     def recorded(self) -> Recorder:
         """A recorder as the run left it: spans and metrics can be computed from it anew."""
         recorder = Recorder()
         recorder.requests += self.request_records()
         recorder.steps += self.step_records()
+        recorder.fleet += self.fleet_events()
         return recorder
 
     # -- inside ----------------------------------------------------------------------------------------
@@ -173,6 +219,10 @@ class Run:
             return read(path)
         except KeyError as error:
             raise RunError(f"'{path}' speaks of request {error}, which the run's workload lacks") from error
+
+
+def _without_numbers(reason: str) -> str:
+    return re.sub(r"\d+", "#", reason)
 
 
 def _is_run(path: Path) -> bool:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lab.analysis.diff import Diff
-from lab.analysis.frames import STAGES
-
-_STAGE_WORDS = {
-    "queue": "queueing",
-    "preempted": "waiting after preemption",
-    "prefill": "prefill",
-    "decode": "decode",
-}
+from lab.analysis.frames import STAGE_WORDS, STAGES
+from lab.config import SEAMS
 
 
 def verdict(diff: Diff) -> list[str]:
@@ -58,6 +52,8 @@ def divergence(diff: Diff) -> str:
         return f"{clock}, so {' and '.join(who)}" if ahead else " and ".join(who)
     if found["cause"] == "clock":
         return f"the same requests had arrived, but {clock}"
+    if not diff.scope.same_workload:
+        return "clock and arrivals were equal, but the workloads differ"
     return "clock and arrivals were equal, so policy, configuration or engine rules differ"
 
 
@@ -85,12 +81,45 @@ def changes(diff: Diff) -> list[str]:
 
 
 def _warnings(diff: Diff) -> str:
+    """What limits the comparison: this first, or everything after it is misread."""
+    said = []
+    if not diff.scope.same_workload:
+        said.append(_workloads(diff))
     partial = [label for label, cut in zip(diff.labels, diff.partial, strict=True) if cut]
-    return (
-        f"Partial run: {' and '.join(partial)} ended early; what follows covers what was recorded."
-        if partial
-        else ""
-    )
+    if partial:
+        steps = diff.decisions["steps"][diff.keys[0]]
+        said.append(
+            f"Partial run: {' and '.join(partial)} ended early; compared are the {steps} steps that both took and "
+            f"the {len(diff.scope.ids or ())} requests that had ended in both, and nothing is re-simulated."
+            if diff.scope.ids
+            else f"Partial run: {' and '.join(partial)} ended early, before any request had ended in both; the "
+            "table sets two unlike runs side by side, and nothing is re-simulated."
+        )
+    return " ".join(said)
+
+
+def _workloads(diff: Diff) -> str:
+    scope = diff.scope
+    ways = [
+        f"{len(ids)} requests are in {label}'s alone ({names(ids, 2)})"
+        for label, ids in zip(diff.labels, scope.only, strict=True)
+        if ids
+    ]
+    if scope.unlike:
+        ways.append(f"{len(scope.unlike)} arrive or measure otherwise ({names(scope.unlike, 2)})")
+    if scope.contents:
+        ways.append("the prompts have the same lengths and other contents")
+    text = f"The workloads differ: {', '.join(ways)}."
+    if any(diff.partial):
+        return text
+    if scope.ids is None:
+        return f"{text} Nothing is re-simulated."
+    if not scope.ids:
+        return (
+            f"{text} No request is alike, so the table sets the whole runs side by side, the differences are no "
+            "errors, and nothing is re-simulated."
+        )
+    return f"{text} Compared are the {len(scope.ids)} that are alike, and nothing is re-simulated."
 
 
 def _decisions(diff: Diff) -> str:
@@ -98,14 +127,16 @@ def _decisions(diff: Diff) -> str:
     if step is None:
         return f"Decisions never diverged: all {counts[diff.keys[0]]} steps took the same plan."
     sizes = " / ".join(f"{counts[key]} ({label})" for key, label in zip(diff.keys, diff.labels, strict=True))
-    text = f"Decisions first diverged at step {step} of {sizes}: {divergence(diff)}."
+    replica = diff.decisions["first_divergence"]["replica"]
+    where = f" of replica {replica}" if diff.decisions["replicas"] > 1 else ""
+    text = f"Decisions first diverged at step {step}{where} of {sizes}: {divergence(diff)}."
     options = list(diff.configuration)
     return text + (f" Options that differ: {names(options)}." if options else "")
 
 
 def _error(diff: Diff) -> str:
     mean = diff.metrics.get("e2e_ms.mean")
-    if not mean or None in mean.values():
+    if not mean or None in mean.values() or not diff.alignment["matched"]:
         return ""
     values: dict[str, Any] = mean
     delta = values[diff.keys[1]] - values[diff.keys[0]]
@@ -129,7 +160,7 @@ def _stages(diff: Diff) -> str:
     found = diff.attribution["e2e"]
     parts = sorted(STAGES, key=lambda stage: -found["stages"][stage]["share"])
     told = [
-        f"{_STAGE_WORDS[stage]} {100 * found['stages'][stage]['share']:.0f} % "
+        f"{STAGE_WORDS[stage]} {100 * found['stages'][stage]['share']:.0f} % "
         f"({found['stages'][stage]['mean_ms']:+.3f} ms a request)"
         for stage in parts
         if found["stages"][stage]["share"] >= 0.005
@@ -147,6 +178,12 @@ def _parity(diff: Diff) -> str:
         return (
             f"Parity holds: driven with {diff.labels[0]}'s durations, every plan digest comes out the same."
         )
+    policies = [key for key in diff.configuration if key.partition(".")[0] in SEAMS]
+    limits = [key for key in diff.configuration if key.startswith(("engine.", "kv.", "fleet."))]
+    if policies:
+        return f"Parity fails, as expected: the policies differ ({names(policies)})."
+    if limits:
+        return f"Parity fails, as expected: the limits differ ({names(limits)})."
     return (
         f"Parity fails: even with {diff.labels[0]}'s durations the decisions differ, "
         "so something other than time differs between the two sides."

@@ -10,7 +10,7 @@ from lab.errors import PolicyError
 _CONTROL, _STATE = (os.path.join("lab", folder) for folder in ("control", "state"))
 
 
-def blame(error: Exception, policy: str, doing: str, eviction: str = "") -> PolicyError:
+def blame(error: BaseException, policy: str, doing: str, eviction: str = "") -> PolicyError:
     """`policy` is who was called, `doing` what for; `eviction` is who the block pool may have called in turn."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if _CONTROL not in f.filename and _STATE not in f.filename]

@@ -7,19 +7,30 @@ compared. The global control point is `plan`; the hot path is `plan` + `commit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lab.control.blame import blame
+from lab.control.estimate import StepEstimate
+from lab.control.executor import Capacity
 from lab.control.live import LiveRequest
-from lab.control.observer import Decision, Observer, Outcome, StepRecord
+from lab.control.observer import Decision, Observer, Outcome, RequestRecord, StepRecord
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, chain
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits, StepBuilder
-from lab.errors import ExecutorError, PolicyError, RequestRefused
-from lab.policy import EvictionPolicy, How, ReplicaView, SchedulingPolicy
+from lab.errors import DiptychError, ExecutorError, PolicyError, RequestRefused
+from lab.policy import (
+    EvictionPolicy,
+    How,
+    LengthPredictor,
+    PreemptionPolicy,
+    ReplicaView,
+    SchedulingPolicy,
+)
 from lab.state.blocks import BlockPool
+from lab.state.prefix import ContentChain
+from lab.state.tiers import HostTier
 
 DIRECT = Decision(admitted=True, admit_reason="direct", replica=0, route_reason="direct")
 """The decision of a request that came without a gateway."""
@@ -57,11 +68,24 @@ class _InFlight:
     released_commit: int = 0
 
 
+@dataclass(slots=True)
+class _Load:
+    """Sums over the requests that are here, kept as they change: what a router may want to know."""
+
+    to_compute: int = 0
+    """Known tokens not yet computed."""
+    expected: int = 0
+    """Output tokens still foreseen."""
+    context: int = 0
+    """Computed tokens of those that run."""
+
+
 class EngineCore:
     """One replica's control plane.
 
-    `blocks` and `block_size` describe the KV cache; `max_context` bounds prompt plus output. Everything
-    that a request's life produces goes to `observer`. Single-threaded; plan and commit alternate.
+    `capacity` describes the KV cache, the host tier behind it, and the longest context. Everything that a
+    request's life produces goes to `observer`. Without a `predictor`, output lengths are known; without
+    `preemption`, the last in the scheduler's order is preempted. Single-threaded; plan and commit alternate.
     """
 
     def __init__(
@@ -69,21 +93,32 @@ class EngineCore:
         policy: SchedulingPolicy,
         eviction: EvictionPolicy,
         *,
-        blocks: int,
-        block_size: int = 16,
+        capacity: Capacity,
         limits: Limits | None = None,
-        max_context: int | None = None,
         prefix_cache: bool = True,
+        preemption: PreemptionPolicy | None = None,
+        predictor: LengthPredictor | None = None,
         observer: Observer | None = None,
         replica: int = 0,
         policy_name: str = "",
+        on_admitted: Callable[[RequestId], None] | None = None,
     ) -> None:
         self.policy = policy
         self.policy_name = policy_name or type(policy).__name__
         self.limits = limits or Limits()
-        self._eviction = eviction
-        self.pool = BlockPool(blocks, block_size, eviction, prefix_cache=prefix_cache)
-        self.max_context = max_context
+        self._eviction, self._preemption = eviction, preemption or PreemptionPolicy()
+        self._predictor = predictor
+        self.capacity = capacity
+        self._index = 0
+        self.pool: BlockPool = self._evicting(
+            "on_open", BlockPool, capacity.blocks, capacity.block_size, eviction, prefix_cache=prefix_cache
+        )
+        self.host = HostTier(capacity.host_blocks)
+        self.estimate = StepEstimate()
+        self.on_ended: Callable[[RequestRecord, int], None] | None = None
+        """Told of every request that ends here: the gateway's feedback."""
+        self._on_admitted = on_admitted
+        self._load = _Load()
         self.replica = replica
         self._observer = observer or Observer()
         self._requests: dict[RequestId, LiveRequest] = {}
@@ -94,7 +129,6 @@ class EngineCore:
         self._committed: _InFlight | None = None
         self._paused = ""
         self._seq = 0
-        self._index = 0
         self._digest = GENESIS
         self._workless = 0
         self._counted = (0, 0, 0)
@@ -129,10 +163,35 @@ class EngineCore:
 
     def view(self, now: int) -> ReplicaView:
         """This replica as the gateway sees it."""
-        pool = self.pool
+        pool, load = self.pool, self._load
         return ReplicaView(
-            self.replica, now, len(self._running), len(self._waiting), pool.available, pool.total
+            index=self.replica,
+            as_of=now,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            blocks_free=pool.available,
+            blocks_total=pool.total,
+            block_size=pool.block_size,
+            max_seqs=self.limits.max_seqs,
+            token_budget=self.limits.token_budget,
+            tokens_to_compute=load.to_compute,
+            tokens_expected=load.expected,
+            context_tokens=load.context,
+            cached=self.cached,
+            estimate=self.estimate,
         )
+
+    def cached(self, request: Request, then: Container[bytes] | None = None) -> int:
+        """Prompt tokens that the prefix cache holds of a request that isn't here yet; or held `then`."""
+        pool = self.pool
+        limit = (len(request.prompt) - 1) // pool.block_size
+        if not pool.prefix_cache or not limit:
+            return 0
+        chain = ContentChain(request.prompt, pool.block_size, request.cache_salt, (), None)
+        keys = chain.upto(limit)
+        if then is None:
+            return len(pool.match(keys, limit)) * pool.block_size
+        return next((i for i in range(limit) if keys[i + 1] not in then), limit) * pool.block_size
 
     # -- requests come and go ------------------------------------------------------------------------
 
@@ -141,13 +200,13 @@ class EngineCore:
         if request.id in self._requests:
             raise RequestRefused(request.id, "a request of this id is being served", needed=1, available=0)
         tokens = len(request.prompt) + request.output_limit
-        if self.max_context is not None and tokens > self.max_context:
+        if tokens > self.capacity.max_context:
             raise RequestRefused(
                 request.id,
                 f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens exceeds the "
                 "longest context",
                 needed=tokens,
-                available=self.max_context,
+                available=self.capacity.max_context,
             )
         # The last token that is generated is never fed back, so its KV is never stored.
         needed = -(-(tokens - 1) // self.pool.block_size)
@@ -159,7 +218,9 @@ class EngineCore:
                 needed=needed,
                 available=self.pool.total,
             )
-        live = LiveRequest(request, self._seq, decision, self.pool.block_size)
+        live = LiveRequest(request, self._seq, decision, self.pool.block_size, self._predict(request, now))
+        self._load.to_compute += live.known
+        self._load.expected += live.predicted
         self._seq += 1
         self._requests[request.id] = self._waiting[request.id] = live
         self._call(self.policy.on_arrival, live.view, now)
@@ -201,6 +262,8 @@ class EngineCore:
         """Decide the next step. Falsy when there is nothing to do; otherwise `commit` must follow."""
         if self._in_flight is not None:
             raise RuntimeError(f"plan() before commit() of step {self._in_flight.plan.index}")
+        self.host.settle()
+        self._evicting("expired", self.pool.expire, now)
         step = StepBuilder(
             self._index,
             now,
@@ -211,6 +274,11 @@ class EngineCore:
             self._running,
             self._waiting,
             self._paused,
+            self._preemption,
+            self.host,
+            self.estimate,
+            self.capacity.transfer_ns,
+            on_admit=self._admitted,
             on_preempt=self._preempted,
             on_reject=self._rejected,
         )
@@ -219,7 +287,7 @@ class EngineCore:
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
         plan = self._freeze(step)
-        self._in_flight = self._describe(plan, step.granted)
+        self._in_flight = self._describe(plan, step)
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: int) -> tuple[Emission, ...]:
@@ -233,6 +301,10 @@ class EngineCore:
                 f"step {plan.index}: the data plane returned {len(result.tokens)} tokens for {wanted} sampling requests"
             )
         self._in_flight = None
+        self.estimate.saw(flight.prefill_tokens, flight.decode_tokens, flight.context_tokens, now - plan.now)
+        load = self._load
+        load.to_compute += wanted - plan.tokens
+        load.context += plan.tokens
         tokens = iter(result.tokens)
         emissions: list[Emission] = []
         on_tokens = self._on_tokens
@@ -297,6 +369,14 @@ class EngineCore:
     def check(self) -> None:
         """Conservation laws, as code: blocks, tables, statuses. Raises AssertionError."""
         self.pool.check([live.blocks for live in self._requests.values()])
+        self.host.check([live.host for live in self._requests.values()])
+        everybody = self._requests.values()
+        expected = _Load(
+            sum(live.known - live.computed for live in everybody),
+            sum(max(live.predicted - len(live.output), 0) for live in everybody),
+            sum(live.computed for live in self._running.values()),
+        )
+        assert self._load == expected, f"{self._load} is kept, {expected} is there"
         for name, live in self._requests.items():
             assert (name in self._running) == (live.status == "running"), (
                 f"{live.view!r} is in the wrong table"
@@ -305,7 +385,8 @@ class EngineCore:
                 f"{live.view!r} is in the wrong table"
             )
             assert live.computed < live.known, f"{live.view!r} has nothing left to compute"
-            capacity = len(live.blocks) * self.pool.block_size
+            capacity = len(live.blocks or live.host) * self.pool.block_size
+            assert not (live.blocks and live.host), f"{live.view!r} is on the device and the host at once"
             assert live.computed + live.granted <= capacity, (
                 f"{live.view!r} holds {capacity} tokens of blocks"
             )
@@ -317,9 +398,12 @@ class EngineCore:
         preempted = tuple((live.request.id, how) for live, how in step.preempted)
         rejected = tuple((live.request.id, reason) for live, reason in step.rejected)
         work = tuple(step.work)
-        self._digest = chain(self._digest, self._index, work, preempted, rejected)
+        moves = (tuple(step.swap_out), tuple(step.swap_in))
+        self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves)
         new = tuple(live.request for live in step.admitted if not live.seen)
         for live in step.admitted:
+            if not live.seen and self._on_admitted is not None:
+                self._on_admitted(live.request.id)
             live.seen = True
         plan = StepPlan(
             index=self._index,
@@ -330,13 +414,16 @@ class EngineCore:
             admitted=tuple(live.request.id for live in step.admitted),
             preempted=preempted,
             rejected=rejected,
+            swap_out=moves[0],
+            swap_in=moves[1],
             released=tuple(self._released),
         )
         self._released.clear()
         self._index += 1
         return plan
 
-    def _describe(self, plan: StepPlan, granted: list[LiveRequest]) -> _InFlight:
+    def _describe(self, plan: StepPlan, step: StepBuilder) -> _InFlight:
+        granted = step.granted
         prefill = decode = context = 0
         for live, work in zip(granted, plan.work, strict=True):
             context += work.start + work.tokens
@@ -361,6 +448,7 @@ class EngineCore:
         live.known += 1
         live.output.append(token)
         live.token_times.append(now)
+        self._load.expected -= len(live.output) <= live.predicted
         request = live.request
         if request.output_len is None and token in request.stop_ids:
             return "stop"
@@ -375,16 +463,61 @@ class EngineCore:
         del self._requests[name]
         self._running.pop(name, None)
         self._waiting.pop(name, None)
+        load = self._load
+        load.to_compute -= live.known - live.computed
+        load.expected -= max(live.predicted - len(live.output), 0)
+        load.context -= live.computed if live.status == "running" else 0
         live.status = "ended"
-        self.pool.release(live.blocks, now)
-        live.blocks = []
         if live.seen:
             self._released.append(name)
-        self._observer.on_request(live.record(outcome, reason, now))
+        # Recorded before any policy hears of it: what a hook raises must not cost the record.
+        record = live.record(outcome, reason, now)
+        self._observer.on_request(record)
+        self._evicting("on_evictable", self.pool.release, live.blocks, now)
+        self.host.release(live.host)
+        live.blocks, live.host = [], []
         said = reason if outcome == "finished" else outcome
         self._call(self.policy.on_finish, live.view, said, now)
+        if self._predictor is not None and outcome == "finished":
+            self._predicting(self._predictor.on_finish, live.request, len(live.output), now)
+        if self.on_ended is not None:
+            self.on_ended(record, now)
 
-    def _preempted(self, live: LiveRequest, how: How, now: int) -> None:
+    def _predict(self, request: Request, now: int) -> int:
+        if self._predictor is None:
+            return request.output_limit
+        foreseen = self._predicting(self._predictor.predict, request, now)
+        if not isinstance(foreseen, int) or foreseen < 1:
+            raise PolicyError(
+                f"length predictor '{type(self._predictor).__name__}' foresaw {foreseen!r} tokens for request "
+                f"'{request.id}'; expected an integer, at least 1"
+            )
+        return foreseen
+
+    def _predicting(self, hook: Callable[..., Any], request: Request, *args: int) -> Any:
+        try:
+            return hook(request, *args)
+        except Exception as error:
+            who = f"length predictor '{type(self._predictor).__name__}'"
+            raise blame(error, who, f"in {hook.__name__}, request '{request.id}'") from error
+
+    def _evicting(self, doing: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Let the pool do what leads to the eviction policy's hooks, outside any other policy's call."""
+        try:
+            return call(*args, **options)
+        except DiptychError:
+            raise
+        except Exception as error:
+            who = f"eviction policy '{type(self._eviction).__name__}'"
+            raise blame(error, who, f"in {doing}, step {self._index}") from error
+
+    def _admitted(self, live: LiveRequest, supplied: int) -> None:
+        self._load.to_compute -= supplied
+        self._load.context += live.computed
+
+    def _preempted(self, live: LiveRequest, how: How, now: int, computed: int) -> None:
+        self._load.context -= computed
+        self._load.to_compute += computed - live.computed
         self._call(self.policy.on_preempt, live.view, how, now)
 
     def _rejected(self, live: LiveRequest, reason: str, now: int) -> None:

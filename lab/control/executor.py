@@ -10,12 +10,22 @@ from lab.control.plan import StepPlan, StepResult
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a data plane offers: KV blocks, tokens a block, and the longest context it can hold."""
+    """What a data plane offers: KV blocks, tokens a block, and the longest context it can hold.
+
+    `host_blocks` of the same `block_bytes` are host memory to swap to, over a link of `transfer_gb_s` each way.
+    """
 
     blocks: int
-    block_size: int
-    max_context: int
-    vocab_size: int
+    block_size: int = 16
+    max_context: int = 1 << 31
+    vocab_size: int = 1 << 15
+    host_blocks: int = 0
+    block_bytes: int = 0
+    transfer_gb_s: float = 16.0
+
+    def transfer_ns(self, blocks: int) -> int:
+        """Nominal time to move this many blocks one way."""
+        return round(blocks * self.block_bytes / self.transfer_gb_s)
 
 
 class Executor(Protocol):

@@ -1,65 +1,103 @@
 """The front door: every request enters through `Gateway.submit`. Request path, control plane.
 
-Admission decides whether it enters at all, routing decides which replica serves it. Both are policies and
-see only `ReplicaView`s, which say how old they are.
+Admission decides whether it enters at all, routing decides which replica serves it. Both are policies, see
+only `ReplicaView`s, which say how old they are, and are told how what they let in ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 from lab.control.blame import blame
-from lab.control.core import EngineCore
+from lab.control.fleet import Fleet
 from lab.control.observer import Decision, Interval, Observer, RequestRecord
 from lab.control.request import Request
 from lab.errors import PolicyError, RequestRefused
-from lab.policy import AdmissionPolicy, RoutingPolicy
+from lab.policy import AdmissionPolicy, Ended, RoutingPolicy, Verdict
 
 
 class Gateway:
-    """Admission and routing over one or more replicas."""
+    """Admission and routing over the replicas of a fleet."""
 
     def __init__(
         self,
         admission: AdmissionPolicy,
         routing: RoutingPolicy,
-        replicas: Sequence[EngineCore],
+        fleet: Fleet,
         observer: Observer | None = None,
     ) -> None:
-        self._admission, self._routing, self._replicas = admission, routing, replicas
+        self._admission, self._routing, self._fleet = admission, routing, fleet
         self._observer = observer or Observer()
+        # Feedback costs a call per request, so policies that don't listen are never told.
+        self._listeners: list[tuple[str, Callable[..., Any]]] = []
+        if type(admission).on_finish is not AdmissionPolicy.on_finish:
+            self._listeners.append((self._named("admission", admission), admission.on_finish))
+        if type(routing).on_finish is not RoutingPolicy.on_finish:
+            self._listeners.append((self._named("routing", routing), routing.on_finish))
 
     def submit(self, request: Request, now: int) -> Decision:
         """Admit, route and enqueue; a request that is turned away is recorded as rejected, with the reason."""
-        views = [core.view(now) for core in self._replicas]
+        self._fleet.arrived()
+        views = self._fleet.views(now)
+        who, about = self._named("admission", self._admission), f"request '{request.id}'"
         try:
             verdict = self._admission.admit(request, views, now)
         except Exception as error:
-            raise blame(
-                error, f"admission policy '{type(self._admission).__name__}'", f"request '{request.id}'"
-            ) from error
+            raise blame(error, who, about) from error
+        if not isinstance(verdict, Verdict):
+            raise PolicyError(f"{who} answered {verdict!r} for {about}; expected a Verdict(admit, reason)")
         if not verdict.admit:
             return self._turn_away(request, Decision(False, verdict.reason), verdict.reason, now)
-        try:
-            replica, why = self._routing.route(request, views, now)
-        except Exception as error:
-            raise blame(
-                error, f"routing policy '{type(self._routing).__name__}'", f"request '{request.id}'"
-            ) from error
-        if not 0 <= replica < len(self._replicas):
-            raise PolicyError(
-                f"routing policy '{type(self._routing).__name__}' sent request '{request.id}' to replica "
-                f"{replica}; expected 0 to {len(self._replicas) - 1}"
-            )
+        replica, why = self._route(request, views, now)
+        core = self._fleet.ready(replica)
+        assert core is not None  # checked by _route
         decision = Decision(True, verdict.reason, replica, why)
         try:
-            self._replicas[replica].add(request, now, decision)
+            core.add(request, now, decision)
         except RequestRefused as refusal:
+            # Both policies had let it pass, and may be counting what is in flight.
+            self._tell(request, Ended("rejected", replica, None, now - request.arrival, 0), now)
             reason = f"{refusal.reason} (needs {refusal.needed}, has {refusal.available})"
             return self._turn_away(request, Decision(False, "never fits", replica, why), reason, now)
         return decision
 
+    def ended(self, record: RequestRecord, now: int) -> None:
+        """A request that was let in has ended: told to the policies that want to know, and to the fleet."""
+        self._fleet.ended(record.met_objectives)
+        if not self._listeners:
+            return
+        arrival, times = record.request.arrival, record.token_times
+        ttft = times[0] - arrival if times else None
+        ended = Ended(record.outcome, record.decision.replica, ttft, record.end - arrival, len(times))
+        self._tell(record.request, ended, now)
+
+    def _tell(self, request: Request, ended: Ended, now: int) -> None:
+        for who, listener in self._listeners:
+            try:
+                listener(request, ended, now)
+            except Exception as error:
+                raise blame(error, who, f"in on_finish, request '{request.id}'") from error
+
+    def _route(self, request: Request, views: list[Any], now: int) -> tuple[int, str]:
+        who, about = self._named("routing", self._routing), f"request '{request.id}'"
+        try:
+            answer = self._routing.route(request, views, now)
+        except Exception as error:
+            raise blame(error, who, about) from error
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], int)):
+            raise PolicyError(f"{who} answered {answer!r} for {about}; expected (replica index, reason)")
+        if self._fleet.ready(answer[0]) is None:
+            known = ", ".join(str(view.index) for view in views)
+            raise PolicyError(f"{who} sent {about} to replica {answer[0]}; expected one of: {known}")
+        return answer[0], str(answer[1])
+
+    @staticmethod
+    def _named(kind: str, policy: object) -> str:
+        return f"{kind} policy '{type(policy).__name__}'"
+
     def _turn_away(self, request: Request, decision: Decision, reason: str, now: int) -> Decision:
+        self._fleet.rejected()
         self._observer.on_request(
             RequestRecord(
                 request=request,

@@ -15,7 +15,7 @@ from lab.state.prefix import ContentChain
 class View:
     """Read-only and always current; implements `lab.policy.RequestView`."""
 
-    __slots__ = ("_live", "arrival", "expected_output", "id", "priority", "prompt_tokens", "seq")
+    __slots__ = ("_live", "arrival", "id", "priority", "prompt_tokens", "seq")
 
     def __init__(self, live: LiveRequest) -> None:
         self._live = live
@@ -24,7 +24,6 @@ class View:
         self.arrival: int = live.request.arrival
         self.priority: int = live.request.priority
         self.prompt_tokens: int = live.prompt_tokens
-        self.expected_output: int = live.request.output_limit
 
     @property
     def tenant(self) -> str:
@@ -59,12 +58,21 @@ class View:
         return self._live.known - self._live.prompt_tokens
 
     @property
+    def expected_output(self) -> int:
+        live = self._live
+        return max(live.predicted, live.known - live.prompt_tokens + 1)
+
+    @property
     def preemptions(self) -> int:
         return self._live.preemptions
 
     @property
     def blocks(self) -> int:
         return len(self._live.blocks)
+
+    @property
+    def host_blocks(self) -> int:
+        return len(self._live.host)
 
     @property
     def granted(self) -> int:
@@ -88,6 +96,7 @@ class LiveRequest:
         "computed_tokens",
         "decision",
         "granted",
+        "host",
         "intervals",
         "known",
         "logprobs",
@@ -97,6 +106,7 @@ class LiveRequest:
         "phase_first",
         "phase_last",
         "phase_start",
+        "predicted",
         "preemptions",
         "prompt_tokens",
         "published",
@@ -108,8 +118,12 @@ class LiveRequest:
         "view",
     )
 
-    def __init__(self, request: Request, seq: int, decision: Decision, block_size: int) -> None:
+    def __init__(
+        self, request: Request, seq: int, decision: Decision, block_size: int, predicted: int
+    ) -> None:
         self.request, self.seq, self.decision = request, seq, decision
+        self.predicted = predicted
+        """Output tokens, as foreseen on arrival."""
         self.status = "waiting"
         self.prompt_tokens = len(request.prompt)
         self.known = self.prompt_tokens
@@ -117,6 +131,8 @@ class LiveRequest:
         self.granted = 0
         """Tokens granted in the step being built."""
         self.blocks: list[Block] = []
+        self.host: list[int] = []
+        """Host blocks that hold the KV of its `computed` tokens while it waits swapped out."""
         self.published = 0
         """Leading blocks whose content has been published."""
         self.output: list[int] = []
@@ -169,6 +185,7 @@ class LiveRequest:
             cached_blocks=self.cached_blocks,
             computed_tokens=self.computed_tokens,
             preemptions=self.preemptions,
+            predicted_output=self.predicted,
             token_times=tuple(self.token_times),
             intervals=tuple(self.intervals),
             output=tuple(self.output),

@@ -34,5 +34,14 @@ def serve(core: EngineCore, executor: Executor, timer: ControlTimer, now: Callab
         timer.start()
         core.commit(plan, result, now())
         commit_ns = timer.commit_ns(plan)
-        core.observe(StepTiming(plan_ns, result.prepare_ns, result.forward_ns, result.sample_ns, commit_ns))
+        core.observe(
+            StepTiming(
+                plan_ns,
+                result.prepare_ns,
+                result.forward_ns,
+                result.sample_ns,
+                commit_ns,
+                result.transfer_ns,
+            )
+        )
         yield commit_ns

@@ -20,7 +20,7 @@ Outcome = Literal["finished", "aborted", "rejected", "unfinished"]
 class Interval:
     """One stretch of a request's life. Intervals tile [arrival, end] without gap or overlap.
 
-    `cause` says why a queue interval began (`arrival`, `preempted`) and is empty otherwise.
+    `cause` says why a queue interval began (`arrival`, `preempted`, `swapped`) and is empty otherwise.
     `first_step .. last_step` are the steps that worked on the request in it (-1, -1 while queued).
     """
 
@@ -65,6 +65,19 @@ class RequestRecord:
     """Generated token ids; a simulator's carry no meaning."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each generated token, where they were asked for."""
+    predicted_output: int = 0
+    """Output tokens that the length predictor foresaw; 0 for one that never entered an engine."""
+
+    @property
+    def met_objectives(self) -> bool:
+        """Finished, and within every objective that it has: TTFT, and mean time per token after the first."""
+        request, times = self.request, self.token_times
+        if self.outcome != "finished":
+            return False
+        if request.ttft_slo is not None and (not times or times[0] - request.arrival > request.ttft_slo):
+            return False
+        gaps = len(times) - 1
+        return request.tpot_slo is None or gaps < 1 or (times[-1] - times[0]) / gaps <= request.tpot_slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,19 @@ class StepRecord:
         return self.plan.now + self.timing.total_ns
 
 
+@dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """A replica came or went."""
+
+    at: int
+    replica: int
+    event: str
+    """`start` (cold), `ready`, `drain`, `recall` (ready again before it was empty), `gone`."""
+    target: int
+    """Replicas wanted, as far as the event was a decision."""
+    reason: str
+
+
 class Observer:
     """Base with no-op hooks; subclass and override what you want to see."""
 
@@ -110,6 +136,9 @@ class Observer:
 
     def on_request(self, record: RequestRecord) -> None:
         """A request ended: finished, aborted, rejected, or left unfinished by the end of the run."""
+
+    def on_fleet(self, event: FleetEvent) -> None:
+        """A replica came or went."""
 
 
 class Observers(Observer):
@@ -125,3 +154,7 @@ class Observers(Observer):
     def on_request(self, record: RequestRecord) -> None:
         for observer in self._observers:
             observer.on_request(record)
+
+    def on_fleet(self, event: FleetEvent) -> None:
+        for observer in self._observers:
+            observer.on_fleet(event)

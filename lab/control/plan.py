@@ -35,6 +35,14 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Copy KV of one request between device and host: (device block, host block) for each block."""
+
+    request: RequestId
+    pairs: tuple[tuple[BlockId, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One engine iteration, decided. Executing it needs no knowledge of queues, policies or arrivals."""
 
@@ -52,6 +60,10 @@ class StepPlan:
     """(request, reason): a policy gave up on it."""
     released: tuple[RequestId, ...] = ()
     """Requests that ended since the last plan: the data plane may forget them."""
+    swap_out: tuple[Move, ...] = ()
+    """Carried out before anything else: what is written next may lie in the blocks that they empty."""
+    swap_in: tuple[Move, ...] = ()
+    """Carried out after `swap_out` and before the work that needs it."""
 
     def __bool__(self) -> bool:
         """False when there is nothing to execute and nothing was decided."""
@@ -61,6 +73,11 @@ class StepPlan:
     def tokens(self) -> int:
         return sum(work.tokens for work in self.work)
 
+    @property
+    def moved_blocks(self) -> int:
+        """Blocks copied between device and host, both ways together."""
+        return sum(len(move.pairs) for move in (*self.swap_out, *self.swap_in))
+
 
 def chain(
     previous: str,
@@ -68,6 +85,8 @@ def chain(
     work: Sequence[Work],
     preempted: Sequence[tuple[RequestId, str]],
     rejected: Sequence[tuple[RequestId, str]],
+    swap_out: Sequence[Move] = (),
+    swap_in: Sequence[Move] = (),
 ) -> str:
     """Digest of a plan's decisions chained over `previous` (blake2b, 128 bits, hex)."""
     h = hashlib.blake2b(bytes.fromhex(previous), digest_size=16)
@@ -80,6 +99,9 @@ def chain(
     for mark, pairs in (("preempted", preempted), ("rejected", rejected)):
         for request, word in pairs:
             h.update(f"\x1e{mark}\x1f{request}\x1f{word}".encode())
+    for mark, moves in (("out", swap_out), ("in", swap_in)):
+        for move in moves:
+            h.update(f"\x1e{mark}\x1f{move.request}\x1f{move.pairs}".encode())
     return h.hexdigest()
 
 
@@ -103,10 +125,12 @@ class StepResult:
     forward_ns: int = 0
     sample_ns: int = 0
     logprobs: Mapping[RequestId, TokenLogprobs] = field(default_factory=dict)
+    transfer_ns: int = 0
+    """Copies between device and host, before the rest."""
 
     @property
     def duration_ns(self) -> int:
-        return self.prepare_ns + self.forward_ns + self.sample_ns
+        return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +142,11 @@ class StepTiming:
     forward_ns: int
     sample_ns: int
     commit_ns: int
+    transfer_ns: int = 0
 
     @property
     def execute_ns(self) -> int:
-        return self.prepare_ns + self.forward_ns + self.sample_ns
+        return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns
 
     @property
     def total_ns(self) -> int:

@@ -12,14 +12,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from lab.control.blame import blame
+from lab.control.estimate import StepEstimate
 from lab.control.live import LiveRequest, View
-from lab.control.plan import Work
+from lab.control.plan import Move, Work
 from lab.control.request import RequestId
 from lab.errors import ConfigError, PolicyError
-from lab.policy import Grant, How, RequestView, Shortage
+from lab.policy import Grant, How, PreemptionPolicy, RequestView, Shortage
 from lab.state.blocks import Block, BlockPool
+from lab.state.tiers import HostTier
 
 _CONTROL = os.path.join("lab", "control")
 
@@ -74,21 +77,30 @@ class StepBuilder:
         running: dict[RequestId, LiveRequest],
         waiting: dict[RequestId, LiveRequest],
         paused: str,
-        on_preempt: Callable[[LiveRequest, How, int], None],
+        preemption: PreemptionPolicy,
+        host: HostTier,
+        estimate: StepEstimate,
+        transfer_ns: Callable[[int], int],
+        on_admit: Callable[[LiveRequest, int], None],
+        on_preempt: Callable[[LiveRequest, How, int, int], None],
         on_reject: Callable[[LiveRequest, str, int], None],
     ) -> None:
         self.index, self.now = index, now
         self.tokens_left = self.token_budget = limits.token_budget
         self._policy, self._limits, self._pool = policy, limits, pool
         self._requests, self._running, self._waiting = requests, running, waiting
-        self._paused, self._on_preempt = paused, on_preempt
+        self._paused, self._on_admit, self._on_preempt = paused, on_admit, on_preempt
         self._on_reject = on_reject
+        self._preemption, self._host = preemption, host
+        self._estimate, self._transfer_ns = estimate, transfer_ns
         self.running, self.waiting = _Views(running), _Views(waiting)
         self.work: list[Work] = []
         self.granted: list[LiveRequest] = []
         self.admitted: list[LiveRequest] = []
         self.preempted: list[tuple[LiveRequest, How]] = []
         self.rejected: list[tuple[LiveRequest, str]] = []
+        self.swap_out: list[Move] = []
+        self.swap_in: list[Move] = []
 
     # -- what a policy reads -----------------------------------------------------------------------
 
@@ -104,6 +116,14 @@ class StepBuilder:
     def blocks_total(self) -> int:
         return self._pool.total
 
+    @property
+    def block_size(self) -> int:
+        return self._pool.block_size
+
+    @property
+    def host_blocks_left(self) -> int:
+        return self._host.free
+
     def cached(self, request: RequestView | RequestId) -> int:
         live = self._find(request, "cached")
         return len(self._hits(live)) * self._pool.block_size if live.status == "waiting" else 0
@@ -113,7 +133,7 @@ class StepBuilder:
         if live.status == "running":
             return self._cost(len(live.blocks), live.computed + tokens, [])
         hits = self._hits(live)
-        return self._cost(len(hits), len(hits) * self._pool.block_size + tokens, hits)
+        return self._cost(len(hits), self._ready(live, hits) + tokens, hits)
 
     def fits_without(self, request: RequestView | RequestId, victims: Sequence[RequestView]) -> bool:
         live, pool = self._find(request, "fits_without"), self._pool
@@ -126,6 +146,27 @@ class StepBuilder:
         hits = self._hits(live)
         fresh = -(-live.known // pool.block_size) - len(hits)
         return fresh + sum(block.refs == dropped[block.id] for block in hits) <= pool.available + freed
+
+    def frees(self, request: RequestView | RequestId) -> int:
+        live = self._find(request, "frees")
+        return sum(block.refs == 1 for block in live.blocks)
+
+    def estimate(self, prefill_tokens: int = 0, decodes: int = 0, context_tokens: int = 0) -> int:
+        return self._estimate(prefill_tokens, decodes, context_tokens)
+
+    def swap_time(self, blocks: int) -> int:
+        return self._transfer_ns(blocks)
+
+    def victim(self, candidates: Sequence[RequestView]) -> RequestView:
+        if not candidates:
+            self._fail("victim([]): there is nobody to choose from")
+        chosen: RequestView = self._ask(self._preemption.victim, candidates, self)
+        if all(chosen is not candidate for candidate in candidates):
+            raise PolicyError(
+                f"preemption policy '{type(self._preemption).__name__}', step {self.index}: victim() returned "
+                f"{chosen!r}; expected one of the {len(candidates)} candidates it was given"
+            )
+        return chosen
 
     # -- what a policy does ------------------------------------------------------------------------
 
@@ -159,7 +200,7 @@ class StepBuilder:
                 return Grant(0, Shortage.SLOTS)
             hits = self._hits(live)
             held = len(hits)
-            computed = held * pool.block_size
+            computed = self._ready(live, hits)
 
         remaining = live.known - computed
         granted = min(remaining, self.tokens_left, remaining if tokens is None else tokens)
@@ -181,6 +222,8 @@ class StepBuilder:
         else:
             before = len(live.blocks)
         self._extend(live, computed + granted)
+        if live.host:
+            self._swap_in(live, held)
         self.tokens_left -= granted
         live.granted = granted
         self.granted.append(live)
@@ -188,23 +231,41 @@ class StepBuilder:
         self.work.append(Work(live.request.id, computed, granted, live.samples_after, added))
         return Grant(granted)
 
-    def preempt(self, request: RequestView | RequestId, how: How = "recompute") -> None:
+    def preempt(self, request: RequestView | RequestId, how: How | None = None) -> How:
         live = self._find(request, "preempt")
-        if how != "recompute":
-            self._misuse("preempt", live, f"how={how!r}; expected 'recompute'")
+        if how not in (None, "recompute", "swap"):
+            self._misuse("preempt", live, f"how={how!r}; expected 'recompute', 'swap' or None")
         if live.status != "running":
             self._misuse("preempt", live, "it isn't running")
         if live.granted:
             self._misuse("preempt", live, f"it was granted {live.granted} tokens in this step already")
+        kept = -(-live.computed // self._pool.block_size)
+        if not 0 < kept <= self._host.free:
+            how = "recompute"
+        elif how is None:
+            how = self._ask(self._preemption.how, live.view, self)
+            if how not in ("recompute", "swap"):
+                raise PolicyError(
+                    f"preemption policy '{type(self._preemption).__name__}', step {self.index}: how() returned "
+                    f"{how!r}; expected 'recompute' or 'swap'"
+                )
         del self._running[live.request.id]
         self._waiting[live.request.id] = live
+        lost = live.computed
+        if how == "swap":
+            live.host = self._host.take(kept)
+            pairs = zip((block.id for block in live.blocks[:kept]), live.host, strict=True)
+            self.swap_out.append(Move(live.request.id, tuple(pairs)))
+        else:
+            live.computed = 0
         self._pool.release(live.blocks, self.now)
         live.status = "waiting"
-        live.blocks, live.published, live.computed = [], 0, 0
+        live.blocks, live.published = [], 0
         live.preemptions += 1
-        live.enter("queue", self.now, "preempted")
+        live.enter("queue", self.now, "swapped" if how == "swap" else "preempted")
         self.preempted.append((live, how))
-        self._on_preempt(live, how, self.now)
+        self._on_preempt(live, how, self.now, lost)
+        return how
 
     def reject(self, request: RequestView | RequestId, reason: str) -> None:
         live = self._find(request, "reject")
@@ -218,19 +279,44 @@ class StepBuilder:
     def _admit(self, live: LiveRequest, hits: list[Block]) -> None:
         del self._waiting[live.request.id]
         self._running[live.request.id] = live
-        self._pool.pin(hits, self.now)
+        self._pool.pin(hits, self.now, live.request)
         live.status = "running"
         live.blocks = hits
         live.published = len(hits)
-        live.computed = len(hits) * self._pool.block_size
+        kept, live.computed = live.computed, self._ready(live, hits)
+        self._on_admit(live, live.computed - kept)
         if not live.preemptions:
             live.cached_blocks, live.cached_tokens = len(hits), live.computed
-        live.enter("prefill", self.now)
+        # Swapped back in with its last token to come, it goes on decoding.
+        decoding = kept and live.output and live.known - live.computed == 1
+        live.enter("decode" if decoding else "prefill", self.now)
         self.admitted.append(live)
+
+    def _swap_in(self, live: LiveRequest, hits: int) -> None:
+        """Copy back what the prefix cache doesn't supply, into the table that was just extended."""
+        back = live.host[hits:]
+        if back:
+            pairs = tuple(zip((block.id for block in live.blocks[hits:]), back, strict=False))
+            self.swap_in.append(Move(live.request.id, pairs))
+        self._host.release(live.host)
+        live.host = []
+
+    def _ready(self, live: LiveRequest, hits: list[Block]) -> int:
+        """Tokens of a waiting request that need no computing: cached ones, or those parked in host memory."""
+        return max(len(hits) * self._pool.block_size, live.computed)
+
+    def _ask(self, question: Callable[..., Any], *args: object) -> Any:
+        try:
+            return question(*args)
+        except PolicyError:
+            raise
+        except Exception as error:
+            name = f"preemption policy '{type(self._preemption).__name__}'"
+            raise blame(error, name, f"in {question.__name__}, step {self.index}") from error
 
     def _extend(self, live: LiveRequest, tokens: int) -> None:
         """Take blocks for the first `tokens` tokens and publish those that this step completes."""
-        pool, now, size = self._pool, self.now, self._pool.block_size
+        pool, now, size, user = self._pool, self.now, self._pool.block_size, live.request
         wanted = -(-tokens // size)
         if not pool.prefix_cache:
             while len(live.blocks) < wanted:
@@ -242,10 +328,11 @@ class StepBuilder:
         while len(live.blocks) < wanted:
             depth = len(live.blocks)
             key = keys[depth + 1] if depth < knowable else None
-            live.blocks.append(pool.take(now, key, live.blocks[-1] if depth else None))
+            live.blocks.append(pool.take(now, key, live.blocks[-1] if depth else None, user))
         while live.published < full:
             depth = live.published
-            pool.publish(live.blocks[depth], live.blocks[depth - 1] if depth else None, keys, depth, now)
+            before = live.blocks[depth - 1] if depth else None
+            pool.publish(live.blocks[depth], before, keys, depth, now, user)
             live.published += 1
 
     def _hits(self, live: LiveRequest) -> list[Block]:

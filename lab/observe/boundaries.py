@@ -12,7 +12,8 @@ Attribute names follow OpenTelemetry's GenAI conventions where they have one and
     ├── request.queue    one a waiting time   │   ├── kv.evict
     ├── request.prefill                       │   └── kv.release    preemption, abort
     └── request.decode                        ├── step.execute
-                                              │   ├── step.prepare
+                                              │   ├── kv.transfer   swapping out and in
+    gateway.scale (root, one trace)           │   ├── step.prepare
                                               │   ├── step.forward
                                               │   └── step.sample
                                               └── step.commit
@@ -143,7 +144,7 @@ DECLARED: tuple[Boundary, ...] = (
         plane="control",
         path="request",
         emitted_at=f"{_CORE}.add",
-        doc="The request waited: since its arrival, or since it was preempted.",
+        doc="The request waited: since its arrival, or since it was preempted, or swapped out, which keeps its KV.",
         attributes=(("lab.queue.cause", "string"), ("lab.queue.visit", "int")),
     ),
     Boundary(
@@ -238,6 +239,15 @@ DECLARED: tuple[Boundary, ...] = (
         ),
     ),
     Boundary(
+        name="kv.transfer",
+        parents=("step.execute",),
+        plane="data",
+        path="state",
+        emitted_at=_EXECUTOR,
+        doc="KV blocks of swapped requests were copied to the host, then others back. Absent when none was.",
+        attributes=(("lab.kv.blocks_out", "int"), ("lab.kv.blocks_in", "int")),
+    ),
+    Boundary(
         name="step.prepare",
         parents=("step.execute",),
         plane="data",
@@ -272,6 +282,20 @@ DECLARED: tuple[Boundary, ...] = (
         emitted_at=f"{_CORE}.commit",
         doc="The sampled tokens were put to the requests' accounts, and finished requests left.",
         attributes=(),
+    ),
+    Boundary(
+        name="gateway.scale",
+        parents=(None,),
+        plane="control",
+        path="request",
+        emitted_at="lab/control/fleet.py:Fleet.look",
+        doc="A replica came or went: at the beginning, by the scaling policy's decision, at the end. An instant.",
+        attributes=(
+            ("lab.replica", "int"),
+            ("lab.scale.event", "string"),
+            ("lab.scale.target", "int"),
+            ("lab.scale.reason", "string"),
+        ),
     ),
 )
 

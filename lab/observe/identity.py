@@ -78,6 +78,11 @@ def replica_trace(workload: str, replica: int) -> str:
     return _hash(16, workload, "replica", replica)
 
 
+def gateway_trace(workload: str) -> str:
+    """Trace id of what the gateway does of its own accord: 32 hex digits."""
+    return _hash(16, workload, "gateway")
+
+
 def span_id(trace: str, name: str, ordinal: int) -> str:
     """Span id, 16 hex digits: the `ordinal`-th span called `name` in its trace."""
     return hashlib.blake2b(f"{trace}\x1f{name}\x1f{ordinal}".encode(), digest_size=8).hexdigest()

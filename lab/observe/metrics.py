@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from lab.control.observer import RequestRecord, StepRecord
+from lab.control.observer import FleetEvent, RequestRecord, StepRecord
 from lab.control.plan import GENESIS
 from lab.observe.recorder import Recorded
 
@@ -86,6 +86,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens.computed", f"tokens put through the model, recomputation included, {_ALL}", "tokens"),
     Metric("preemptions", "times a running request lost its blocks", "preemptions",
            {"vllm": "num_preemptions"}),
+    Metric("swapped_blocks", "blocks copied between device and host, both ways", "blocks"),
+    Metric("prediction.kendall_tau", f"rank correlation of foreseen and true output lengths {_FINISHED}; null "
+           "where all were known", "-1 .. 1"),
+    Metric("prediction.mean_abs_error_tokens", f"abs(foreseen - true output length) {_FINISHED}", "tokens"),
+    Metric("fleet.replica_seconds", "time that replicas were up, each from its start, cold start included, until "
+           "it was gone", "s"),
+    Metric("fleet.most_replicas", "most replicas up at once, those that start or drain included", "replicas"),
+    Metric("fleet.cold_starts", "replicas that were started during the run", "replicas"),
     Metric("steps", "engine iterations", "steps"),
     Metric("duration_s", "from the first arrival to the end of the last request or step, run time", "s",
            {"vllm bench": "duration (from the first send)"}),
@@ -103,7 +111,7 @@ def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = Non
     duration = _duration_ns(requests, steps) / 1e9
     output_tokens = sum(len(record.token_times) for record in finished)
     prompt_tokens = sum(len(record.request.prompt) for record in finished)
-    good = sum(meets_slos(record) for record in finished)
+    good = sum(record.met_objectives for record in finished)
     asked_tokens = sum(len(record.request.prompt) for record in scheduled)
     asked_blocks = sum(-(-len(record.request.prompt) // block_size) for record in scheduled)
     outcomes = [record.outcome for record in requests]
@@ -144,6 +152,9 @@ def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = Non
             "computed": sum(record.computed_tokens for record in requests),
         },
         "preemptions": sum(len(step.plan.preempted) for step in steps),
+        "swapped_blocks": sum(step.plan.moved_blocks for step in steps),
+        "prediction": _prediction(finished),
+        "fleet": _fleet(recorded.fleet),
         "steps": len(steps),
         "duration_s": duration,
         "plan_digest": plan_digest(steps),
@@ -196,16 +207,6 @@ def queue_total_ns(record: RequestRecord) -> int:
     return phase_ns(record, "queue")
 
 
-def meets_slos(record: RequestRecord) -> bool:
-    """Finished, and within every SLO that it declares."""
-    request = record.request
-    if record.outcome != "finished":
-        return False
-    if request.ttft_slo is not None and (not record.token_times or ttft_ns(record) > request.ttft_slo):
-        return False
-    return request.tpot_slo is None or (tpot_ns(record) or 0) <= request.tpot_slo
-
-
 def plan_digest(steps: Sequence[StepRecord]) -> str:
     """The chained digest of a run's decisions; `GENESIS` when there was no step."""
     last: dict[int, str] = {}
@@ -229,6 +230,32 @@ def _stats(samples_ns: Sequence[float]) -> dict[str, float | None]:
     samples = np.asarray(samples_ns, dtype=np.float64)
     values = [samples.mean(), *np.percentile(samples, PERCENTILES)]
     return {name: float(value) / 1e6 for name, value in zip(names, values, strict=True)}
+
+
+def _prediction(finished: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """How well output lengths were foreseen."""
+    foreseen = [record.predicted_output for record in finished]
+    true = [len(record.token_times) for record in finished]
+    error = _ratio(sum(abs(guess - truth) for guess, truth in zip(foreseen, true, strict=True)), len(true))
+    tau: float | None = None
+    if error and len(true) > 1:  # scipy takes half a second to import: only where there is something to say
+        from scipy.stats import kendalltau
+
+        tau = float(kendalltau(foreseen, true).statistic)
+    return {"kendall_tau": tau if tau == tau else None, "mean_abs_error_tokens": error}
+
+
+def _fleet(events: Sequence[FleetEvent]) -> dict[str, float]:
+    since: dict[int, int] = {}
+    total = most = 0
+    for event in events:
+        if event.event == "gone":
+            total += event.at - since.pop(event.replica)
+        else:
+            since.setdefault(event.replica, event.at)
+        most = max(most, len(since))
+    starts = sum(event.event == "start" for event in events)
+    return {"replica_seconds": total / 1e9, "most_replicas": most, "cold_starts": starts}
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from lab.control.observer import Observer, RequestRecord, StepRecord
+from lab.control.observer import FleetEvent, Observer, RequestRecord, StepRecord
 
 
 class Recorded(Protocol):
@@ -19,6 +19,8 @@ class Recorded(Protocol):
     def requests(self) -> Sequence[RequestRecord]: ...
     @property
     def steps(self) -> Sequence[StepRecord]: ...
+    @property
+    def fleet(self) -> Sequence[FleetEvent]: ...
 
 
 class Recorder(Observer):
@@ -27,12 +29,16 @@ class Recorder(Observer):
     def __init__(self) -> None:
         self.requests: list[RequestRecord] = []
         self.steps: list[StepRecord] = []
+        self.fleet: list[FleetEvent] = []
 
     def on_step(self, step: StepRecord) -> None:
         self.steps.append(step)
 
     def on_request(self, record: RequestRecord) -> None:
         self.requests.append(record)
+
+    def on_fleet(self, event: FleetEvent) -> None:
+        self.fleet.append(event)
 
 
 def by_entry(records: Sequence[RequestRecord]) -> list[RequestRecord]:

@@ -16,37 +16,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
+from lab import interrupts
 from lab.control.request import Request
 from lab.errors import DiptychError, RunError
 from lab.observe import export
 from lab.observe.boundaries import SCHEMA_VERSION
+from lab.observe.claim import COMPLETE, INCOMPLETE, PARTIAL, SUCCESS, Lock, take
 from lab.observe.identity import RunInfo
 from lab.observe.metrics import summarise
 from lab.observe.prometheus import prometheus_text
 from lab.observe.recorder import Recorded
 from lab.observe.spans import spans
-
-SUCCESS, PARTIAL = "_SUCCESS", "PARTIAL"
-TABLES = ("workload", "requests", "steps", "plans", "spans")
-FILES = (
-    "config.yaml",
-    "environment.json",
-    *(f"{table}.parquet" for table in TABLES),
-    "metrics.json",
-    "metrics.prom",
-    "log.jsonl",
-    "spans.otlp.jsonl",
-    "report.html",
-)
-"""What a run may write, beside its marker. A directory is reused only by removing exactly these."""
-
-_COMPLETE = "diptych run complete"
-_INCOMPLETE = "diptych run partial: "
 
 
 class RunDirectory:
@@ -59,9 +44,9 @@ class RunDirectory:
         run.save(recorder, info, block_size=16, wall_s=wall)
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: Lock) -> None:
         self.path = path
-        self._saved = False
+        self._lock, self._saved = lock, False
 
     @classmethod
     def create(
@@ -76,13 +61,15 @@ class RunDirectory:
         """Make `path`, or a new directory `<date>-<time>-<slug>-<hash6>` under `root`.
 
         `key` is what the hash is of (the resolved configuration). An earlier run at `path` is replaced; a
-        directory with anything else in it is refused. Raises `RunError`.
+        directory with anything else in it is refused, and so is one that another run is writing to now; it
+        is held until the `with` block ends. Raises `RunError`.
         """
         try:
-            chosen = _claim(Path(path)) if path is not None else fresh_directory(root, slug, now=now, key=key)
+            chosen = Path(path) if path is not None else fresh_directory(root, slug, now=now, key=key)
+            lock = take(chosen)
         except OSError as error:
             raise RunError(f"can't make the run directory '{path}': {_reason(error)}") from error
-        run = cls(chosen)
+        run = cls(chosen, lock)
         run.mark_partial("it is still going, or was killed")
         return run
 
@@ -115,7 +102,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write JSON, two spaces deep; NaN is a bug and raises."""
-        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        return self.write_text(name, _json(value))
 
     def save(
         self,
@@ -126,53 +113,67 @@ class RunDirectory:
         wall_s: float | None = None,
         workload: Iterable[Request] | None = None,
         partial: str | None = None,
+        more: Mapping[str, Callable[[Path], object]] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Write all tables and metrics, then the marker; returns the content of `metrics.json`.
 
         `workload` defaults to the requests that were recorded; give it when more were to come. `partial` is
-        the reason why the run ended early, in words that follow "because". A file that can't be written
-        doesn't keep the others from it: the first failure is raised at the end, and marked.
+        the reason why the run ended early, in words that follow "because"; `more` are further files by name.
+        What can't be made again comes first, and a file that can't be written doesn't keep the others from
+        it: the first failure is raised at the end, and marked.
         """
         requests = [record.request for record in recorded.requests] if workload is None else list(workload)
         summary = summarise(recorded, block_size=block_size, wall_s=wall_s)
         text = prometheus_text(recorded, model=info.model)
-        tasks: list[Callable[[], object]] = [
-            lambda: self.write("workload.parquet", lambda path: export.write_workload(path, requests)),
-            lambda: self.write_json("metrics.json", summary),
-            lambda: self.write_text("metrics.prom", text),
-            lambda: self.write(
-                "requests.parquet", lambda path: export.write_requests(path, recorded.requests)
-            ),
-            lambda: self.write("steps.parquet", lambda path: export.write_steps(path, recorded.steps)),
-            lambda: self.write("plans.parquet", lambda path: export.write_plans(path, recorded.steps)),
-            lambda: self.write(
-                "spans.parquet", lambda path: export.write_spans(path, spans(recorded, info, links=False))
-            ),
-        ]
+        steps = recorded.steps
+        writers: dict[str, Callable[[Path], object]] = {
+            "requests.parquet": lambda path: export.write_requests(path, recorded.requests),
+            "steps.parquet": lambda path: export.write_steps(path, steps),
+            "plans.parquet": lambda path: export.write_plans(path, steps),
+            "workload.parquet": lambda path: export.write_workload(path, requests),
+            "fleet.parquet": lambda path: export.write_fleet(path, recorded.fleet),
+        }
+        writers |= {
+            "metrics.json": lambda path: path.write_text(_json(summary), encoding="utf-8"),
+            "metrics.prom": lambda path: path.write_text(text, encoding="utf-8"),
+            "spans.parquet": lambda path: export.write_spans(path, spans(recorded, info, links=False)),
+            **more,
+        }
         failures: list[RunError] = []
-        for task in tasks:
+        for name, writer in writers.items():
             try:
-                task()
+                self.write(name, writer)
             except RunError as error:
                 failures.append(error)
+        self._saved = True
         if failures:
-            self._mark_if_possible(str(failures[0]))
+            before = f"{partial.rstrip('.')}; then " if partial else ""
+            self._mark_if_possible(f"{before}{failures[0]}")
             raise failures[0]
         if partial is None:
             self.finish()
         else:
             self.mark_partial(partial)
-        self._saved = True
         return summary
 
     def mark_partial(self, reason: str) -> None:
         """Say in one sentence why this run isn't complete."""
         sentence = " ".join(reason.split()).rstrip(".")
-        self.write_text(PARTIAL, f"{_INCOMPLETE}{sentence}.\n")
+        text = f"{INCOMPLETE}{sentence}.\n"
+        try:
+            self.write_text(PARTIAL, text)
+        except RunError:
+            # A full disk has no room for a second file, but the first one's block is ours already.
+            try:
+                with self.file(PARTIAL).open("r+", encoding="utf-8") as file:
+                    file.write(text)
+                    file.truncate()
+            except OSError as error:
+                raise RunError(f"can't write '{self.file(PARTIAL)}': {_reason(error)}") from error
 
     def finish(self) -> None:
         """Everything is written: the run is complete."""
-        self.write_text(SUCCESS, f"{_COMPLETE}, schema {SCHEMA_VERSION}\n")
+        self.write_text(SUCCESS, f"{COMPLETE}, schema {SCHEMA_VERSION}\n")
         self.file(PARTIAL).unlink(missing_ok=True)
         _sync(self.path)
 
@@ -182,14 +183,14 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or self._saved:
-            return
-        if isinstance(error, KeyboardInterrupt):
-            self._mark_if_possible("it was interrupted (Ctrl-C)")
-        elif isinstance(error, DiptychError):
-            self._mark_if_possible(str(error))
-        else:
-            self._mark_if_possible(f"it failed with {type(error).__name__}: {error}")
+        if error is not None and not self._saved:
+            if isinstance(error, DiptychError):
+                self._mark_if_possible(str(error))
+            elif isinstance(error, KeyboardInterrupt):
+                self._mark_if_possible(f"it was interrupted ({interrupts.reason(error)})")
+            else:
+                self._mark_if_possible(f"it failed with {type(error).__name__}: {error}")
+        self._lock.release()
 
     def _mark_if_possible(self, reason: str) -> None:
         with contextlib.suppress(RunError):  # the marker of the beginning stands; the failure at hand matters
@@ -219,41 +220,8 @@ def fresh_directory(root: str | os.PathLike[str], slug: str, *, now: datetime.da
             return path
 
 
-def partial_reason(path: Path) -> str | None:
-    """Why the run at `path` isn't complete, or None when it is. Raises `RunError` if no run is there."""
-    if _begins(path / SUCCESS, _COMPLETE):
-        return None
-    if _begins(path / PARTIAL, _INCOMPLETE):
-        text = (path / PARTIAL).read_text(encoding="utf-8")
-        return text.removeprefix(_INCOMPLETE).strip().rstrip(".")
-    raise RunError(f"'{path}' is not a run directory: it has neither '{SUCCESS}' nor '{PARTIAL}' of a run")
-
-
-def _claim(path: Path) -> Path:
-    """Take `path` for a new run: absent, empty, or an earlier run's, whose files are removed."""
-    if path.exists() and not path.is_dir():
-        raise RunError(f"can't write a run to '{path}': it is a file; expected a directory or a new name")
-    path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):
-        try:
-            partial_reason(path)
-        except RunError:
-            what = "it has files that are not a run's; expected a new or empty directory"
-            raise RunError(f"can't write a run to '{path}': {what}") from None
-        (path / SUCCESS).unlink(missing_ok=True)  # first: from here on it is no complete run
-        for name in FILES:
-            (path / name).unlink(missing_ok=True)
-        for leftover in path.glob(".*.tmp"):
-            leftover.unlink()
-    return path
-
-
-def _begins(path: Path, text: str) -> bool:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(len(text)) == text
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
-        return False
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,7 @@ from lab.control.observer import RequestRecord, StepRecord
 from lab.control.plan import Work
 from lab.control.request import Request
 from lab.observe.boundaries import BOUNDARIES, EPOCH_NS, LINK, Boundary, Value
-from lab.observe.identity import SERVICE, RunInfo, replica_trace, request_trace, span_id
+from lab.observe.identity import SERVICE, RunInfo, gateway_trace, replica_trace, request_trace, span_id
 from lab.observe.recorder import Recorded, by_entry
 
 
@@ -53,7 +53,7 @@ class SpanRow(NamedTuple):
 
 
 def spans(recorded: Recorded, info: RunInfo, *, links: bool = True) -> Iterator[SpanRow]:
-    """All spans of a run: each request's, in order of arrival, then each step's.
+    """All spans of a run: each request's, in order of arrival, then each step's, then the fleet's.
 
     `links=False` leaves the links of steps out, for a table that doesn't hold them: it takes half the time.
     """
@@ -67,6 +67,10 @@ def spans(recorded: Recorded, info: RunInfo, *, links: bool = True) -> Iterator[
             if request.id not in targets:
                 targets[request.id] = _target(request, info)
         yield from step_spans(step, info, targets if links else None)
+    trace = gateway_trace(info.workload)
+    for n, event in enumerate(recorded.fleet):
+        about = (event.replica, event.event, event.target, event.reason)
+        yield _row(_SCALE, trace, n, None, event.at, event.at, *about)
 
 
 def request_spans(record: RequestRecord, info: RunInfo) -> Iterator[SpanRow]:
@@ -173,10 +177,14 @@ def step_spans(step: StepRecord, info: RunInfo, targets: Mapping[str, Target] | 
         step.context_tokens,
     )
     yield row
-    prepared = planned + timing.prepare_ns
+    ready = planned + timing.transfer_ns
+    if plan.swap_out or plan.swap_in:
+        moved = [sum(len(move.pairs) for move in moves) for moves in (plan.swap_out, plan.swap_in)]
+        yield _row(_TRANSFER, trace, index, row.span_id, planned, ready, *moved)
+    prepared = ready + timing.prepare_ns
     forwarded = prepared + timing.forward_ns
     samples = sum(work.samples for work in plan.work)
-    yield _row(_PREPARE, trace, index, row.span_id, planned, prepared)
+    yield _row(_PREPARE, trace, index, row.span_id, ready, prepared)
     yield _row(_FORWARD, trace, index, row.span_id, prepared, forwarded, plan.tokens)
     yield _row(_SAMPLE, trace, index, row.span_id, forwarded, executed, samples)
 
@@ -289,3 +297,4 @@ _PHASES = {phase: BOUNDARIES[f"request.{phase}"] for phase in ("queue", "prefill
 _STEP, _PLAN, _EXECUTE, _COMMIT = (BOUNDARIES[f"step{part}"] for part in ("", ".plan", ".execute", ".commit"))
 _PREPARE, _FORWARD, _SAMPLE = (BOUNDARIES[f"step.{part}"] for part in ("prepare", "forward", "sample"))
 _ALLOCATE, _EVICT, _RELEASE = (BOUNDARIES[f"kv.{part}"] for part in ("allocate", "evict", "release"))
+_TRANSFER, _SCALE = BOUNDARIES["kv.transfer"], BOUNDARIES["gateway.scale"]

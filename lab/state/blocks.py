@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import Sequence
 
 from lab.errors import ConfigError, PolicyError
-from lab.policy import BlockId, EvictionPolicy
+from lab.policy import BlockId, EvictionPolicy, Request
 
 
 class Block:
     """One KV block's bookkeeping; policies see it as `lab.policy.BlockView`."""
 
-    __slots__ = ("candidate", "children", "depth", "id", "key", "parent", "refs", "used")
+    __slots__ = ("candidate", "children", "depth", "id", "key", "parent", "refs", "used", "user")
 
     def __init__(self, block_id: BlockId) -> None:
         self.id = block_id
@@ -33,6 +33,8 @@ class Block:
         self.refs = 0
         self.used = 0
         """Pool-wide count of releases when this block was last let go: a total order of last use."""
+        self.user: Request | None = None
+        """The request that used this content last."""
         self.parent: Block | None = None
         self.children = 0
         """Cached blocks that continue this one (kept only for leaf-only eviction)."""
@@ -55,28 +57,36 @@ class BlockPool:
         self.total, self.block_size, self.prefix_cache = blocks, block_size, prefix_cache
         self._eviction = eviction
         self._leaf_only = eviction.leaf_only
-        self._blocks = [Block(i) for i in range(blocks)]
-        self._free = deque(self._blocks)
+        self._expires = type(eviction).expired is not EvictionPolicy.expired
+        self._blocks: list[Block] = []
+        """Those that were ever taken, by id: the rest of a large pool costs nothing."""
+        self._free: deque[Block] = deque()
+        """Free blocks that were taken before; they are taken again after the untouched ones."""
         self._index: dict[bytes, Block] = {}
         self.cached = 0
         """Blocks that are unreferenced but reusable."""
         self.allocated = self.evicted = self.released = 0
         """Running counts of blocks taken (fresh, not hit), evicted, and let go by their last holder."""
+        eviction.on_open(blocks, block_size)
 
     # -- reading ---------------------------------------------------------------------------------
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self.total - len(self._blocks) + len(self._free)
 
     @property
     def available(self) -> int:
         """Blocks that could be taken: free ones, and cached ones by eviction."""
-        return len(self._free) + self.cached
+        return self.free + self.cached
 
     @property
     def held(self) -> int:
         return self.total - self.available
+
+    def keys(self) -> frozenset[bytes]:
+        """A copy of what can be hit now."""
+        return frozenset(self._index)
 
     def find(self, key: bytes) -> Block | None:
         """The block whose content has this key, if there is one."""
@@ -95,13 +105,16 @@ class BlockPool:
 
     # -- changing --------------------------------------------------------------------------------
 
-    def pin(self, hits: Sequence[Block], now: int) -> None:
-        """Reference blocks whose content a request found cached."""
+    def pin(self, hits: Sequence[Block], now: int, user: Request | None = None) -> None:
+        """Reference blocks whose content a request (`user`) found cached."""
         for block in hits:
             self._reference(block, now)
+            block.user = user
             self._eviction.on_hit(block, now)
 
-    def take(self, now: int, key: bytes | None = None, parent: Block | None = None) -> Block:
+    def take(
+        self, now: int, key: bytes | None = None, parent: Block | None = None, user: Request | None = None
+    ) -> Block:
         """One block to write into, behind `parent` in its table. The caller has checked `available`.
 
         With `key`, an unreferenced block that already has that content is taken in its place (its prefix
@@ -110,24 +123,35 @@ class BlockPool:
         self.allocated += 1
         if key is not None and (same := self._index.get(key)) is not None and same.refs == 0:
             self._reference(same, now)
+            same.user = user
             if same.parent is not None and same.parent is not parent:
                 self._link(same, None, now)
             return same
-        block = self._free.popleft() if self._free else self.evict(now)
+        if len(self._blocks) < self.total:
+            block = Block(len(self._blocks))
+            self._blocks.append(block)
+        else:
+            block = self._free.popleft() if self._free else self.evict(now)
         block.refs = 1
         return block
 
     def publish(
-        self, block: Block, parent: Block | None, keys: Sequence[bytes], depth: int, now: int
+        self,
+        block: Block,
+        parent: Block | None,
+        keys: Sequence[bytes],
+        depth: int,
+        now: int,
+        user: Request | None = None,
     ) -> None:
         """Make a held block findable as content `keys[depth + 1]`; the first holder of a content wins.
 
-        `parent` is the block before it in the same table.
+        `parent` is the block before it in the same table, `user` the request whose table it is.
         """
         if not block.key:
             if keys[depth + 1] in self._index:
                 return
-            block.key, block.depth = keys[depth + 1], depth
+            block.key, block.depth, block.user = keys[depth + 1], depth, user
             self._index[block.key] = block
             self._eviction.on_cached(block, now)
         # Only a parent in the same table is linked: it stays held as long as its child is. (It is another
@@ -156,19 +180,35 @@ class BlockPool:
 
     def evict(self, now: int) -> Block:
         """Give up the eviction policy's victim and return it empty."""
-        victim = self._eviction.victim(now)
-        block = self._blocks[victim] if isinstance(victim, int) and 0 <= victim < self.total else None
+        block = self._candidate(self._eviction.victim(now))
+        self._drop(block, now)
+        return block
+
+    def expire(self, now: int) -> None:
+        """Free what the eviction policy calls expired; costs nothing under a policy without a time limit."""
+        if self._expires:
+            for expired in self._eviction.expired(now):
+                block = self._candidate(expired)
+                self._drop(block, now)
+                self._free.append(block)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _candidate(self, choice: BlockId) -> Block:
+        """The block that the eviction policy named, if it may go."""
+        known = isinstance(choice, int) and 0 <= choice < len(self._blocks)
+        block = self._blocks[choice] if known else None
         if block is None or not block.candidate:
             raise PolicyError(
-                f"eviction policy '{type(self._eviction).__name__}' chose block {victim!r}, which is not a "
+                f"eviction policy '{type(self._eviction).__name__}' chose block {choice!r}, which is not a "
                 f"candidate ({block!r}); expected one announced by on_evictable and not pinned or dropped since"
             )
+        return block
+
+    def _drop(self, block: Block, now: int) -> None:
         self.evicted += 1
         self.cached -= 1
         self._forget(block, now)
-        return block
-
-    # -- inside ----------------------------------------------------------------------------------
 
     def _reference(self, block: Block, now: int) -> None:
         block.refs += 1
@@ -187,7 +227,7 @@ class BlockPool:
         del self._index[block.key]
         block.candidate = False
         self._eviction.on_dropped(block, now)
-        block.key, block.children = b"", 0
+        block.key, block.children, block.user = b"", 0, None
         self._link(block, None, now)
 
     def _link(self, block: Block, parent: Block | None, now: int) -> None:
@@ -216,7 +256,7 @@ class BlockPool:
             leaf = block.refs == 0 and bool(block.key) and not (self._leaf_only and block.children)
             assert block.candidate == leaf, f"{block}: candidate is {block.candidate}, expected {leaf}"
         assert self.cached == cached, f"{cached} blocks are cached, the pool counts {self.cached}"
-        assert len(self._free) + cached + held == self.total, (
-            f"free {len(self._free)} + cached {cached} + held {held} != {self.total}"
+        assert self.free + cached + held == self.total, (
+            f"free {self.free} + cached {cached} + held {held} != {self.total}"
         )
         assert len(self._index) == sum(bool(block.key) for block in self._blocks)

@@ -8,7 +8,7 @@ A block enters the queue when it is first let go, so a chain enters own tail fir
 from __future__ import annotations
 
 from lab.policy import BlockId, BlockView, EvictionPolicy
-from policies.keyed_heap import KeyedHeap
+from policies.eviction.common import Queue
 
 
 class Fifo(EvictionPolicy):
@@ -17,22 +17,18 @@ class Fifo(EvictionPolicy):
     leaf_only = False
 
     def __init__(self) -> None:
-        self._entry: dict[BlockId, int] = {}
-        self._candidates: KeyedHeap[BlockId] = KeyedHeap()
-        self._count = 0
+        self._queue = Queue()
 
     def victim(self, now: int) -> BlockId:
-        return self._candidates.peek()
+        return self._queue.first()
 
     def on_evictable(self, block: BlockView, now: int) -> None:
-        if block.id not in self._entry:
-            self._count += 1
-            self._entry[block.id] = self._count
-        self._candidates.push(block.id, (self._entry[block.id],))
+        if block.id not in self._queue:
+            self._queue.enter(block.id)
+        self._queue.offer(block.id)
 
     def on_pinned(self, block: BlockView, now: int) -> None:
-        self._candidates.remove(block.id)
+        self._queue.hold(block.id)
 
     def on_dropped(self, block: BlockView, now: int) -> None:
-        self._candidates.remove(block.id)
-        self._entry.pop(block.id, None)
+        self._queue.leave(block.id)

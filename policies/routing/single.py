@@ -11,4 +11,4 @@ class Single(RoutingPolicy):
     """O(1)."""
 
     def route(self, request: Request, replicas: Sequence[ReplicaView], now: int) -> tuple[int, str]:
-        return 0, "single"
+        return replicas[0].index, "single"

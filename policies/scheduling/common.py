@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 from lab.policy import How, RequestId, RequestView, SchedulingPolicy, Shortage, Step
 from policies.keyed_heap import Key, KeyedHeap
+
+Most = Callable[[RequestView], int]
+"""The most tokens that a request may get now; less than 1 ends the step's round."""
 
 
 class QueueingPolicy(SchedulingPolicy):
@@ -33,24 +37,60 @@ class QueueingPolicy(SchedulingPolicy):
             self.queue.pop()
 
 
-def run_in_order(step: Step, order: Sequence[RequestView]) -> bool:
-    """Run running requests in this order; when KV blocks run short, preempt from its end.
+def is_decode(request: RequestView) -> bool:
+    """Whether it waits for nothing but its next token."""
+    return request.remaining == 1 and request.generated > 0
 
-    False if anything was preempted. The first of the order always gets its blocks in the end, so somebody
-    makes progress in every step.
+
+class Patience:
+    """Who has waited too long: requests by when they began to wait, each answered for once, few at a time."""
+
+    AT_ONCE = 16
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.since: deque[tuple[int, RequestView, int]] = deque()  # (since, who, its preemptions then)
+
+    def begins(self, request: RequestView, now: int) -> None:
+        """`now`, on any clock that doesn't go back."""
+        self.since.append((now, request, request.preemptions))
+
+    def over(self, now: int, queue: KeyedHeap[RequestId]) -> Iterator[RequestView]:
+        """Those of the queue that have waited for `limit` on end; nobody if that is 0."""
+        for _ in range(min(len(self.since), self.AT_ONCE)):
+            since, request, preemptions = self.since[0]
+            waits = request.id in queue and request.preemptions == preemptions and self.limit > 0
+            if waits and now - since < self.limit:
+                return
+            self.since.popleft()
+            if waits:
+                yield request
+
+
+def run_in_order(step: Step, order: Sequence[RequestView], most: Most | None = None) -> bool:
+    """Run running requests in this order; when KV blocks run short, preempt among those not served yet.
+
+    False if anything was preempted. Whom, the run's preemption policy says (the last, by default), but the
+    first of the order is spared while there is another: it gets its blocks in the end, so somebody makes
+    progress in every step, and whoever comes first and stays first ends.
     """
-    end = len(order)
+    lost: set[RequestId] = set()
     for index, request in enumerate(order):
-        if index >= end:
+        if request.id in lost:
+            continue
+        limit = None if most is None else most(request)
+        if limit is not None and limit < 1:
             break
-        while (grant := step.run(request)).short is Shortage.BLOCKS:
-            end -= 1
-            step.preempt(order[end])
-            if end == index:
-                return False
-        if not grant:
+        while (grant := step.run(request, limit)).short is Shortage.BLOCKS:
+            rest = [other for other in order[max(index, 1) :] if other.id not in lost]
+            victim = step.victim(rest or [request])
+            step.preempt(victim)
+            lost.add(victim.id)
+            if victim is request:
+                break
+        if not grant and request.id not in lost:
             break
-    return end == len(order)
+    return not lost
 
 
 def run_merged(
@@ -58,42 +98,58 @@ def run_merged(
     queue: KeyedHeap[RequestId],
     key: Callable[[RequestView], Key],
     displaces: Callable[[RequestView, RequestView], bool],
+    most: Most | None = None,
 ) -> None:
     """Serve running and waiting requests in one order of `key`, least first.
 
-    Running requests that lack blocks preempt from the end of the order. A waiting request that lacks a slot
-    or blocks preempts from the end only those that it `displaces`, and only if that makes room for all of it.
+    Running requests that lack blocks preempt among those not served yet, as in `run_in_order`. A waiting
+    request that lacks a slot or blocks preempts from the end only those that it `displaces`, and only if that
+    makes room for all of it; otherwise it leaves the blocks that those behind it need for their next token, or
+    they would be preempted for it all the same. So that no two push each other out in turn, `displaces` must
+    not turn round between a pair before one of them got a token.
     """
     order = sorted(step.running.values(), key=key)
-    index, end = 0, len(order)
-    admitting = True
+    lost: set[RequestId] = set()
+    index, admitting, served = 0, True, False
+
+    def needed(request: RequestView) -> int:
+        behind = (other for other in order[index:] if not displaces(request, other))
+        return sum(step.blocks_for(other, 1) for other in behind)
+
     while True:
+        while index < len(order) and order[index].id in lost:
+            index += 1
         # Whoever was preempted in this step waits behind all that is left of it.
-        admitting = admitting and bool(queue) and all(queue.peek() != lost.id for lost in order[end:])
-        if index == end and not admitting:
+        admitting = admitting and bool(queue) and queue.peek() not in lost
+        if index == len(order) and not admitting:
             return
-        if admitting and (index == end or queue.peek_key() < key(order[index])):
-            head = step.waiting[queue.peek()]
-            grant = step.run(head)
-            if grant:
+        first = admitting and (index == len(order) or queue.peek_key() < key(order[index]))
+        request = step.waiting[queue.peek()] if first else order[index]
+        limit = None if most is None else most(request)
+        if limit is not None and limit < 1:
+            return
+        grant = step.run(request, limit, leave_free=needed(request) if first and not lost else 0)
+        if grant:
+            served = True
+            if first:
                 queue.pop()
-                continue
-            if grant.short is Shortage.TOKENS:
-                return
-            victims = [request for request in order[index:end] if displaces(head, request)]
-            enough = grant.short is not Shortage.PAUSED and bool(victims) and step.fits_without(head, victims)
-            if enough and displaces(head, order[end - 1]):
-                end -= 1
-                step.preempt(order[end])
             else:
-                admitting = False
+                index += 1
             continue
-        grant = step.run(order[index])
-        if grant.short is Shortage.BLOCKS:
-            end -= 1
-            step.preempt(order[end])
-            admitting = False
-            continue
-        if not grant:
+        if grant.short is Shortage.TOKENS or (grant.short is Shortage.PAUSED and not first):
             return
-        index += 1
+        rest = [other for other in order[index:] if other.id not in lost]
+        if first:
+            victims = [other for other in rest if displaces(request, other)]
+            enough = (
+                grant.short is not Shortage.PAUSED and bool(victims) and step.fits_without(request, victims)
+            )
+            admitting = enough and displaces(request, rest[-1])
+            if not admitting:
+                continue
+            victim = rest[-1]
+        else:
+            victim = step.victim(rest if served or len(rest) == 1 else rest[1:])
+            admitting = False
+        step.preempt(victim)
+        lost.add(victim.id)

@@ -3,8 +3,8 @@
 Rule: prompts are computed whole, by arrival, while the token budget, the slots and the KV blocks (less a
 watermark) allow; a step with prompts has no decodes. When KV runs short, the latest arrival is preempted. A
 prompt longer than the whole budget is computed in pieces, in steps of its own.
-Origin: vLLM v0 (SOSP'23). Wins: time to first token. Loses: running requests stall while prompts are computed
-("generation stall"), so the tail of inter-token latency grows with load.
+Origin: vLLM v0 (SOSP'23), hence its other name, vllm_v0. Wins: time to first token. Loses: running requests
+stall while prompts are computed ("generation stall"), so the tail of inter-token latency grows with load.
 Cost: O(running log running) a step, O(log waiting) an admission.
 """
 
@@ -15,7 +15,10 @@ from policies.scheduling.common import QueueingPolicy, run_in_order
 
 
 class PrefillFirst(QueueingPolicy):
-    """`watermark` is the share of KV blocks kept free when a prompt is admitted beside running requests."""
+    """prompts before decodes, never both in one step, as vLLM v0 scheduled (prefill_first under its other name).
+
+    `watermark` is the share of KV blocks kept free when a prompt is admitted beside running requests.
+    """
 
     def __init__(self, watermark: float = 0.01) -> None:
         super().__init__()

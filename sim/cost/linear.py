@@ -17,7 +17,7 @@ from lab.control.plan import StepPlan, StepTiming
 from lab.errors import ConfigError
 from sim.cost.model import Batch
 
-FORMAT = 1
+FORMAT = 2
 
 Feature = Callable[[Batch], float]
 

@@ -7,8 +7,9 @@ own. The first step where that happens is `diverged_at`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from lab.control.plan import StepPlan, StepTiming
 from lab.errors import ReplayError
@@ -22,29 +23,27 @@ class RecordedCost:
     ) -> None:
         if not digests:
             raise ReplayError("the recorded run has no steps to replay")
-        self._digests, self._timings, self._shapes = digests, timings, shapes
+        self._timings = timings
+        self._recorded = {digest: index for index, digest in enumerate(digests)}
+        self._shapes = np.log1p(np.asarray(shapes, dtype=np.float64))  # [steps, 3]
         self.diverged_at: int | None = None
 
     def step_time(self, plan: StepPlan) -> StepTiming:
-        index = plan.index
-        if index < len(self._digests) and self._digests[index] == plan.digest:
+        index = self._recorded.get(plan.digest)
+        if index is not None:
             return self._timings[index]
         if self.diverged_at is None:
-            self.diverged_at = index
+            self.diverged_at = plan.index
         return self._timings[self._nearest(plan)]
 
     def parity(self, steps: int) -> bool:
         """Whether a run of so many steps took exactly the recorded decisions."""
-        return self.diverged_at is None and steps == len(self._digests)
+        return self.diverged_at is None and steps == len(self._recorded)
 
     def _nearest(self, plan: StepPlan) -> int:
         """The recorded step of least distance in log space; the earliest among equals."""
         prefill = sum(work.tokens for work in plan.work if work.tokens > 1)
         decode = sum(work.tokens for work in plan.work if work.tokens == 1)
         context = sum(work.start + work.tokens for work in plan.work)
-        here = [math.log1p(value) for value in (prefill, decode, context)]
-
-        def distance(index: int) -> float:
-            return sum((a - math.log1p(b)) ** 2 for a, b in zip(here, self._shapes[index], strict=True))
-
-        return min(range(len(self._shapes)), key=distance)
+        here = np.log1p([prefill, decode, context])
+        return int(np.argmin(((self._shapes - here) ** 2).sum(axis=1)))

@@ -15,9 +15,10 @@ import pytest
 
 from lab.analysis.architecture import architecture_svg
 from lab.analysis.diff import diff
-from lab.analysis.plots import MOST_LANES, aligned_steps, figures, swimlanes
+from lab.analysis.plots import aligned_steps, figures
 from lab.analysis.report import write_report
 from lab.analysis.table import WIDTH, show
+from lab.analysis.timelines import MOST_LANES, swimlanes
 from lab.errors import RunError
 from lab.observe.boundaries import DECLARED
 from tests.analysis.toy import pair, toy_run
@@ -180,6 +181,41 @@ def test_page_opens_in_a_browser_and_tells_what_lies_under_the_pointer(tmp_path:
         assert f"request {request}\n" in told
     for word in ("prefill\nstart", "decode\nstart", "step 0\nstart", "prompt + "):
         assert word in told
+
+
+MEASURE = """<script>
+const lane = document.querySelector("canvas"), c = lane.getContext("2d");
+const pixels = c.getImageData(0, 30 * devicePixelRatio, lane.width, 8 * devicePixelRatio).data;
+let drawn = 0;
+for (let x = 0; x < lane.width; x++) drawn += pixels[4 * x + 3] > 60;
+const out = document.createElement("pre");
+out.id = "measured";
+out.textContent = [document.documentElement.scrollWidth, innerWidth, drawn / devicePixelRatio].join(" ");
+document.body.append(out);
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a Chromium to open the page in")
+def test_page_fits_a_phone_and_shows_a_request_of_a_moment(tmp_path: Path) -> None:
+    real, sim, again = pair(1, count=12)
+    blink, hour = 1_000_000, 3_600_000_000_000
+    for run in (real, sim):  # the first request takes a millisecond, the last ends after an hour
+        requests = run.requests
+        start = int(requests.loc[0, "arrival_ns"])
+        piece = {"phase": "decode", "start_ns": start, "end_ns": start + blink, "cause": ""}
+        requests.at[0, "intervals"] = [piece]
+        requests.at[11, "intervals"] = [piece | {"start_ns": hour - blink, "end_ns": hour}]
+    path = tmp_path / "report.html"
+    write_report(path, [real, sim], diff(real, sim, again))
+    path.write_text(path.read_text(encoding="utf-8").replace("</body>", MEASURE), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom"]
+    command = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout)
+    assert found
+    wide, window, drawn = map(float, found.group(1).split())
+    assert wide <= window <= 500
+    assert drawn >= 4
 
 
 def test_command_reports_a_missing_run_in_one_sentence() -> None:

@@ -63,9 +63,9 @@ def test_order_of_options_does_not_matter(values: dict[str, object], random: obj
 def test_sweeps_are_products_of_lists_ranges_and_globs() -> None:
     with compose.composer() as composer:
         jobs = composer.jobs(
-            ["policy=fcfs,sjf", "seed=range(3)", "eviction=glob(l*)", "kv.blocks=4"], sweep=True
+            ["policy=fcfs,sjf", "seed=range(3)", "eviction=glob(lf*)", "kv.blocks=4"], sweep=True
         )
-    assert len(jobs) == 2 * 3 * 2
+    assert len(jobs) == 2 * 3 * 2  # lfu and lfu_perfect
     assert ["policy=sjf", "seed=2", "eviction=lfu", "kv.blocks=4"] in jobs
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -143,3 +145,57 @@ def test_the_schema_of_a_plug_in_is_its_signature(monkeypatch: pytest.MonkeyPatc
     one.e.append(2)
     assert two.e == [1]
     assert list(config.params(two)) == ["a", "b", "c", "d", "e", "f"]
+
+
+TWO = "from policies.eviction.lru import Lru\n" + SOURCE + "\nclass Old(Lru):\n    pass\n"
+
+
+def test_a_file_with_one_policy_of_the_kind_needs_no_class_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(TWO)
+    assert plugins.load("policy", str(path)).__name__ == "Theirs"
+    assert plugins.load("eviction", str(path)).__name__ == "Old"  # Lru is imported there, not defined
+    assert plugins.create("policy", str(path), {"window": 5}).window == 5
+    assert plugins.provenance(plugins.load("policy", str(path))) == f"{path}:Theirs"
+
+
+def test_a_base_class_of_ones_own_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE + "\nclass Narrow(Theirs):\n    pass\n")
+    assert plugins.load("policy", str(path)).__name__ == "Narrow"
+
+
+def test_a_file_with_several_policies_or_none_lists_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE + "\nclass Other(SchedulingPolicy):\n    pass\n")
+    with pytest.raises(
+        ConfigError, match=r"several policies; say which: .*mine\.py:Theirs, .*mine\.py:Other\."
+    ):
+        plugins.load("policy", str(path))
+    with pytest.raises(ConfigError, match=r"defines no subclass of lab\.policy\.EvictionPolicy"):
+        plugins.load("eviction", str(path))
+    with pytest.raises(ConfigError, match="can't read"):
+        plugins.load("policy", str(tmp_path / "missing.py"))
+
+
+def test_a_plug_in_without_a_docstring_says_where_it_comes_from(elsewhere: Callable[..., Path]) -> None:
+    silent = SOURCE.replace('    """Somebody else\'s idea."""\n', "")
+    elsewhere("theirs", "[diptych.scheduling]\nsilent = theirs_silent:Theirs\n", theirs_silent=silent)
+    assert plugins.summary("policy", "silent") == "(theirs: theirs_silent:Theirs)"
+
+
+def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lab").mkdir()
+    inside = f"__path__.append({str(ROOT / 'lab')!r})\n"  # what an editable install's finder comes to
+    (tmp_path / "lab" / "__init__.py").write_text(inside)
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.experiment", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: package 'lab' is shadowed: Python finds {tmp_path}")
+    assert done.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.assembly import EngineSpec, assemble
+from lab.assembly import ControlPlane, EngineSpec, assemble
 from lab.control.request import Prompt, Request, Segment
 from lab.control.step import Limits
 from lab.observe.recorder import Recorder
@@ -25,12 +25,22 @@ class Setting:
     eviction: str = "lru"
     blocks: int = 400
     prefix_cache: bool = True
+    preemption: str = "last"
+    predictor: str = "oracle"
+    host_blocks: int = 0
 
     @property
     def spec(self) -> EngineSpec:
-        names = {"policy": self.policy, "eviction": self.eviction, "admission": "always", "routing": "single"}
-        policies = {seam: {"name": name} for seam, name in names.items()}
+        policies: dict[str, dict[str, object]] = {
+            "policy": {"name": self.policy},
+            "eviction": {"name": self.eviction},
+            "predictor": {"name": self.predictor},
+            "preemption": {"name": self.preemption, "mode": "swap" if self.host_blocks else "recompute"},
+        }
         return EngineSpec(policies, Limits(48, 6, 32), self.prefix_cache, 0)
+
+    def executor(self, model: LoadedModel) -> TorchExecutor:
+        return TorchExecutor(model, blocks=self.blocks, block_size=4, host_blocks=self.host_blocks)
 
 
 def conversation(count: int = 24) -> list[Request]:
@@ -60,27 +70,33 @@ def conversation(count: int = 24) -> list[Request]:
 
 
 def run_real(setting: Setting, model: LoadedModel, requests: Sequence[Request]) -> Recorder:
-    executor = TorchExecutor(model, blocks=setting.blocks, block_size=4)
+    executor = setting.executor(model)
     recorder = Recorder()
-    gateway, core = assemble(setting.spec, executor.capacity, recorder)
-    SteppedRun(gateway, core, executor, requests).run()
-    core.check()
-    assert core.pool.held == 0
+    control = assemble(setting.spec, executor.capacity, recorder, requests)
+    SteppedRun(control, executor, requests).run()
+    finish(control)
     executor.close()
     return recorder
+
+
+def finish(control: ControlPlane) -> None:
+    control.core.check()
+    assert control.core.pool.held == 0
+    assert control.core.host.free == control.core.host.total
+    control.fleet.close(0)
 
 
 def run_replayed(
     setting: Setting, model: LoadedModel, requests: Sequence[Request], real: Recorder
 ) -> tuple[Recorder, RecordedCost]:
-    capacity = TorchExecutor(model, blocks=setting.blocks, block_size=4).capacity
+    capacity = setting.executor(model).capacity
     cost = RecordedCost(
         [step.plan.digest for step in real.steps],
         [step.timing for step in real.steps],
         [(step.prefill_tokens, step.decode_tokens, step.context_tokens) for step in real.steps],
     )
     recorder = Recorder()
-    gateway, core = assemble(setting.spec, capacity, recorder)
-    Simulation(gateway, core, SimExecutor(cost, capacity), requests).run()
-    core.check()
+    control = assemble(setting.spec, capacity, recorder, requests)
+    Simulation(control, SimExecutor(cost, capacity), requests).run()
+    finish(control)
     return recorder, cost

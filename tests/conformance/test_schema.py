@@ -45,7 +45,7 @@ def shapes(found: list[SpanRow]) -> set[Shape]:
 
 @pytest.fixture(scope="module")
 def sides(tiny: LoadedModel) -> tuple[list[SpanRow], list[SpanRow], Recorder]:
-    setting, requests = Setting(blocks=45), conversation()
+    setting, requests = Setting(blocks=45, host_blocks=30), conversation()
     real = run_real(setting, tiny, requests)
     sim, _ = run_replayed(setting, tiny, requests, real)
     return rows(real, "real"), rows(sim, "sim"), real

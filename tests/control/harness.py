@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lab.control.core import EngineCore
+from lab.control.executor import Capacity
+from lab.control.fleet import Fleet, FleetSpec
 from lab.control.observer import Observer, RequestRecord, StepRecord
 from lab.control.plan import StepPlan, StepResult, StepTiming
 from lab.control.request import Prompt, Request, Segment, stream_of
 from lab.control.step import Limits
 from lab.policy import EvictionPolicy, SchedulingPolicy
 from policies.eviction.lru import Lru
+from policies.scaling.fixed import Fixed
 from policies.scheduling.fcfs import Fcfs
 
 
@@ -44,19 +48,24 @@ def engine(
     token_budget: int = 1024,
     max_seqs: int = 16,
     chunk: int | None = None,
+    capacity: dict[str, Any] | None = None,
     **options: object,
 ) -> tuple[EngineCore, Notes]:
     notes = Notes()
     core = EngineCore(
         policy or Fcfs(),
         eviction or Lru(),
-        blocks=blocks,
-        block_size=block_size,
+        capacity=Capacity(blocks, block_size, **(capacity or {})),
         limits=Limits(token_budget, max_seqs, chunk),
         observer=notes,
         **options,  # type: ignore[arg-type]
     )
     return core, notes
+
+
+def fleet_of(core: EngineCore) -> Fleet:
+    """The core as a fleet of one, for a gateway to stand before."""
+    return Fleet(lambda index: core, Fixed(), FleetSpec(), observer=core._observer)
 
 
 def commit(core: EngineCore, plan: StepPlan, now: int, token: int = 0) -> None:

@@ -13,7 +13,7 @@ from policies.admission.always import Always
 from policies.eviction.lru import Lru
 from policies.routing.single import Single
 from policies.scheduling.fcfs import Fcfs
-from tests.control.harness import drain, engine, request
+from tests.control.harness import drain, engine, fleet_of, request
 
 
 class NoVictim(Lru):
@@ -60,6 +60,6 @@ def test_a_hook_is_blamed_with_its_request_and_the_record_is_kept() -> None:
 def test_admission_and_routing_are_blamed_at_the_gateway() -> None:
     core, _ = engine()
     with pytest.raises(PolicyError, match=r"admission policy 'BadDoor' raised ValueError \(request 'a'\)"):
-        Gateway(BadDoor(), Single(), [core]).submit(request("a", 8), 0)
-    with pytest.raises(PolicyError, match=r"'BadRoute' sent request 'a' to replica 7; expected 0 to 0"):
-        Gateway(Always(), BadRoute(), [core]).submit(request("a", 8), 0)
+        Gateway(BadDoor(), Single(), fleet_of(core)).submit(request("a", 8), 0)
+    with pytest.raises(PolicyError, match=r"'BadRoute' sent request 'a' to replica 7; expected one of: 0"):
+        Gateway(Always(), BadRoute(), fleet_of(core)).submit(request("a", 8), 0)

@@ -134,13 +134,13 @@ def test_prefill_first_cuts_only_a_prompt_longer_than_the_whole_budget() -> None
 
 
 def test_what_can_never_fit_is_refused_at_entry_with_needed_and_available() -> None:
-    core, _ = engine(blocks=4, max_context=10_000)
+    core, _ = engine(blocks=4, capacity={"max_context": 10_000})
     core.add(request("fits", 60, output=5), 0)  # 64 tokens are stored: the 65th is never fed back
     with pytest.raises(RequestRefused) as refusal:
         core.add(request("big", 60, output=6), 0)
     assert (refusal.value.needed, refusal.value.available) == (5, 4)
     with pytest.raises(RequestRefused, match="longest context"):
-        engine(max_context=64)[0].add(request("long", 60, output=5), 0)
+        engine(capacity={"max_context": 64})[0].add(request("long", 60, output=5), 0)
 
 
 def test_a_paused_engine_says_so_and_resumes() -> None:

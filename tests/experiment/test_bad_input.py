@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab.analysis.runs import load
-from lab.observe.rundir import partial_reason
+from lab.observe.claim import partial_reason
 from tests.experiment.command import QUICK, environment, one_sentence, run
 
 

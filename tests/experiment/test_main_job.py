@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.analysis.runs import load
-from lab.observe.rundir import partial_reason
+from lab.observe.claim import partial_reason
 from tests.experiment.command import QUICK, ROOT, environment, run
 
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "queue_ms")

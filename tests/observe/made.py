@@ -7,13 +7,13 @@ only the books a record needs. So records reach corners that a sane policy would
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hypothesis import strategies as st
 
-from lab.control.observer import Decision, Interval, RequestRecord, StepRecord
-from lab.control.plan import GENESIS, StepPlan, StepTiming, Work, chain
+from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
+from lab.control.plan import GENESIS, Move, StepPlan, StepTiming, Work, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.recorder import Recorder
@@ -107,6 +107,7 @@ def make_request(rng: random.Random, number: int) -> Request:
 def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 0) -> Recorder:
     """A made-up run of `requests` requests that is cut off after `max_steps` steps."""
     recorder = Recorder()
+    recorder.on_fleet(FleetEvent(0, replica, "ready", 1, "initial"))
     arrivals = sorted((make_request(rng, n) for n in range(requests)), key=lambda r: (r.arrival, r.id))
     lives: list[_Life] = []
     seen: set[str] = set()
@@ -132,14 +133,21 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
         if not lives:
             continue
         work, working, joined, new, preempted, rejected = [], [], [], [], [], []
+        moves: dict[str, list[Move]] = {"out": [], "in": []}
         ended = released
         released = []
         for life in list(lives):
             name, request = life.request.id, life.request
             if life.phase != "queue" and rng.random() < 0.1:
-                life.computed, life.preemptions = 0, life.preemptions + 1
-                life.enter("queue", now, "preempted")
-                preempted.append((name, "recompute"))
+                how = rng.choice(["recompute", "swap"])
+                life.preemptions += 1
+                if how == "swap":
+                    moves["out"].append(Move(name, ((rng.randrange(100), rng.randrange(9)),)))
+                    life.enter("queue", now, "swapped")
+                else:
+                    life.computed = 0
+                    life.enter("queue", now, "preempted")
+                preempted.append((name, how))
                 continue
             if life.phase == "queue":
                 if rng.random() < 0.05:
@@ -150,6 +158,8 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
                     continue
                 if rng.random() < 0.4:
                     continue
+                if life.cause == "swapped":
+                    moves["in"].append(Move(name, ((rng.randrange(100), rng.randrange(9)),)))
                 life.enter("prefill", now)
                 joined.append(name)
                 if name not in seen:
@@ -163,7 +173,9 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             work.append(Work(name, life.computed, tokens, samples, blocks))
             working.append(life)
         timing = StepTiming(*(rng.choice([0, rng.randrange(60)]) for _ in range(5)))
-        digest = chain(digest, index, work, preempted, rejected)
+        if moves["out"] or moves["in"]:
+            timing = replace(timing, transfer_ns=rng.randrange(60))
+        digest = chain(digest, index, work, preempted, rejected, moves["out"], moves["in"])
         plan = StepPlan(
             index=index,
             now=now,
@@ -172,6 +184,8 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             new=tuple(new),
             admitted=tuple(joined),
             preempted=tuple(preempted),
+            swap_out=tuple(moves["out"]),
+            swap_in=tuple(moves["in"]),
             rejected=tuple(rejected),
             released=tuple(ended),
         )
@@ -218,6 +232,7 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
         now += timing.total_ns + 1
     for life in lives:
         recorder.on_request(life.record("unfinished", "interrupted", max(now, life.since)))
+    recorder.on_fleet(FleetEvent(now, replica, "gone", 0, "end of run"))
     return recorder
 
 

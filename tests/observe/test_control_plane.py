@@ -9,6 +9,7 @@ import pytest
 
 from lab.analysis.runs import load
 from lab.control.core import EngineCore
+from lab.control.executor import Capacity
 from lab.control.gateway import Gateway
 from lab.control.plan import StepPlan, StepResult, StepTiming
 from lab.control.request import Prompt, Request, Segment
@@ -20,8 +21,10 @@ from lab.observe.rundir import RunDirectory
 from lab.observe.spans import check, spans
 from policies.admission.always import Always
 from policies.eviction.lru import Lru
+from policies.preemption.last import Last
 from policies.routing.single import Single
 from policies.scheduling.fcfs import Fcfs
+from tests.control.harness import fleet_of
 from tests.observe.made import info_for
 from tests.observe.test_rundir import NOW
 
@@ -30,8 +33,16 @@ from tests.observe.test_rundir import NOW
 def recorder() -> Recorder:
     """Twenty requests with shared prefixes, a pool so small that some are preempted; one never fits."""
     rng, recorder = random.Random(3), Recorder()
-    core = EngineCore(Fcfs(), Lru(), blocks=14, block_size=4, limits=Limits(24, 5, 10), observer=recorder)
-    gateway = Gateway(Always(), Single(), [core], recorder)
+    core = EngineCore(
+        Fcfs(),
+        Lru(),
+        capacity=Capacity(14, 4, host_blocks=8, block_bytes=1 << 20),
+        limits=Limits(24, 5, 10),
+        preemption=Last("swap"),
+        observer=recorder,
+    )
+    fleet = fleet_of(core)
+    gateway = Gateway(Always(), Single(), fleet, recorder)
     waiting = [
         Request(
             id=f"r{n}",
@@ -51,11 +62,12 @@ def recorder() -> Recorder:
             gateway.submit(waiting.pop(0), now)
         plan: StepPlan = core.plan(now)
         if plan:
-            timing = StepTiming(2, 3, 5 + plan.tokens, 1, 4)
+            timing = StepTiming(2, 3, 5 + plan.tokens, 1, 4, plan.moved_blocks)
             result = StepResult((1,) * sum(work.samples for work in plan.work))
             core.commit(plan, result, now + timing.plan_ns + timing.execute_ns)
             core.observe(timing)
             now += timing.total_ns
+    fleet.close(now)
     return recorder
 
 

@@ -15,10 +15,11 @@ import pytest
 
 from lab.analysis.runs import load
 from lab.errors import RunError
+from lab.observe.claim import FILES, PARTIAL, clear, held, part_of_another
 from lab.observe.environment import environment, git_state
 from lab.observe.metrics import summarise
 from lab.observe.recorder import Recorder
-from lab.observe.rundir import FILES, RunDirectory
+from lab.observe.rundir import RunDirectory
 from lab.observe.spans import spans
 from tests.observe.made import info_for, rich
 
@@ -285,3 +286,113 @@ def test_observation_imports_nothing_heavy_until_it_is_used() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def full(run: RunDirectory, *files: str) -> None:
+    """Make the disk full for these files: what is written for them goes to the system's own full device."""
+    for name in files:
+        (run.path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+
+
+def test_a_disk_that_fills_up_while_saving_costs_no_table_that_still_fits(tmp_path: Path) -> None:
+    recorder = rich()
+    run = make(tmp_path / "run")
+    full(run, "workload.parquet", "metrics.json", "spans.parquet", PARTIAL)
+    with pytest.raises(RunError, match=r"can't write '.*workload\.parquet': .*No space left on device"), run:
+        run.save(recorder, info_for(recorder), block_size=16)
+    left = load(tmp_path / "run")
+    assert "workload.parquet" in (left.partial or "")
+    assert "No space left on device" in (left.partial or "")
+    assert len(left.requests) == len(recorder.requests)
+    assert len(left.steps) == len(left.plans) == len(recorder.steps)
+
+
+def test_what_cannot_be_made_again_is_written_first(tmp_path: Path) -> None:
+    recorder, run, order = rich(), make(tmp_path / "run"), []
+    write = run.write
+    run.write = lambda name, writer: order.append(name) or write(name, writer)  # type: ignore[method-assign]
+    run.save(recorder, info_for(recorder), block_size=16, more={"extra": lambda path: path.touch()})
+    assert order[:2] == ["requests.parquet", "steps.parquet"]
+    assert order.index("extra") < order.index("_SUCCESS")
+    assert run.file("extra").exists()
+
+
+def test_the_reason_of_an_interruption_is_kept_beside_that_of_a_full_disk(tmp_path: Path) -> None:
+    recorder, run = rich(), make(tmp_path / "run")
+    full(run, "spans.parquet")
+    with pytest.raises(RunError, match=r"spans\.parquet"), run:
+        run.save(recorder, info_for(recorder), block_size=16, partial="it was interrupted (Ctrl-C)")
+    assert (load(run.path).partial or "").startswith("it was interrupted (Ctrl-C); then can't write")
+
+
+def test_two_runs_at_once_into_one_directory_are_refused_until_the_first_ends(tmp_path: Path) -> None:
+    with make(tmp_path / "run") as first:
+        first.write_text("config.yaml", "a: 1\n")
+        with pytest.raises(RunError, match=r"another run is being written to '.*run' now"):
+            make(tmp_path / "run")
+        assert first.file("config.yaml").read_text(encoding="utf-8") == "a: 1\n"
+        with pytest.raises(RunError, match="another run is being written"), held(tmp_path / "run"):
+            pass
+    make(tmp_path / "run")
+
+
+def test_a_lock_goes_with_the_process_that_was_killed(tmp_path: Path) -> None:
+    code = (
+        "import datetime, os, signal; from lab.observe.rundir import RunDirectory; "
+        f"run = RunDirectory.create({str(tmp_path / 'run')!r}, 'x', now=datetime.datetime.now(), key='k'); "
+        "print('held', flush=True); signal.pause()"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match="another run is being written"):
+        make(tmp_path / "run")
+    process.kill()
+    process.wait()
+    assert names(make(tmp_path / "run").path) == {PARTIAL}
+
+
+def test_clearing_an_experiment_removes_all_of_it_and_nothing_of_the_users(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    saved(out)  # an earlier run of one backend
+    for side in ("real", "sim", "replay"):
+        saved(out / side)
+    for name in ("diff.json", "report.html", "notes.txt", "sim/mine.txt"):
+        (out / name).write_text("", encoding="utf-8")
+    clear(out)
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == {"notes.txt", "sim", "sim/mine.txt"}
+    with pytest.raises(RunError, match=r"sim'.*not a run's"):
+        clear(out)
+    (out / "diff.json").touch()
+    with pytest.raises(RunError, match="not a run's"):
+        clear(out)
+    assert (out / "diff.json").exists()  # refused before anything was removed
+
+
+def test_a_run_alone_in_place_of_an_experiment_on_both_is_refused_by_that_name(tmp_path: Path) -> None:
+    saved(tmp_path / "out" / "real")
+    before = names(tmp_path / "out" / "real")
+    with pytest.raises(RunError, match="it holds an experiment on both backends"):
+        make(tmp_path / "out")
+    assert names(tmp_path / "out" / "real") == before
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "compared", "part"),
+    [
+        ("backend: both\nseed: 0\n", "sim", False, True),
+        ("backend: both\nseed: 0\n", "elsewhere", False, True),
+        ("backend: sim\nseed: 0\n", "replay", True, True),
+        ("backend: sim\nseed: 0\n", "sim", False, False),
+        ("backend: sim\nnote: 'backend: both'\n", "b", True, False),
+    ],
+)
+def test_one_side_of_an_experiment_is_known_as_such(
+    config: str, name: str, compared: bool, part: bool, tmp_path: Path
+) -> None:
+    assert not part_of_another(tmp_path / name)
+    make(tmp_path / name).write_text("config.yaml", config)
+    if compared:
+        (tmp_path / "diff.json").touch()
+    assert part_of_another(tmp_path / name) is part

@@ -52,7 +52,7 @@ def test_phases_tile_a_request_and_a_step_without_gap_or_overlap(recorder: Recor
     tiles = {
         "request": {"request.queue", "request.prefill", "request.decode"},
         "step": {"step.plan", "step.execute", "step.commit"},
-        "step.execute": {"step.prepare", "step.forward", "step.sample"},
+        "step.execute": {"kv.transfer", "step.prepare", "step.forward", "step.sample"},
     }
     for row in rows:
         if row.name in tiles:
@@ -87,7 +87,7 @@ def test_both_backends_emit_the_same_spans_under_the_same_ids(recorder: Recorder
 @given(runs())
 def test_the_order_in_which_requests_end_does_not_matter(recorder: Recorder) -> None:
     other = Recorder()
-    other.steps, other.requests = recorder.steps, recorder.requests[::-1]
+    other.steps, other.requests, other.fleet = recorder.steps, recorder.requests[::-1], recorder.fleet
     assert rows_of(other) == rows_of(recorder)
 
 

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_workload_comes_back_equal_in_order_of_arrival(workload: list[Request], folder: Path) -> None:
     path = folder / "workload.parquet"
     assert write_workload(path, workload) == len(workload)
-    assert read_workload(path) == sorted(workload, key=lambda request: (request.arrival, request.id))
+    assert read_workload(path) == sorted(workload, key=lambda request: request.arrival)
 
 
 def test_a_field_added_to_requests_must_be_given_a_column() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from lab.config import Config, cache_dir
 from lab.control.core import EngineCore
+from lab.control.executor import Capacity
 from lab.control.plan import GENESIS, StepPlan, Work
 from lab.control.request import Prompt, Request
 from lab.control.step import Limits
@@ -182,7 +183,9 @@ def test_smollm2_generates_what_transformers_generates(smollm2: Path) -> None:
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     ids = ours.tokenizer().encode(text).ids
     prompts = [ids[40 * i : 40 * i + 5 + 17 * i] for i in range(16)]
-    core = EngineCore(Fcfs(), Lru(), blocks=120, limits=Limits(96, 8))  # tight: some are preempted
+    core = EngineCore(
+        Fcfs(), Lru(), capacity=Capacity(120), limits=Limits(96, 8)
+    )  # tight: some are preempted
     executor = TorchExecutor(ours, blocks=120)
     requests = [Request(id=str(i), prompt=Prompt.of(p), output_len=24) for i, p in enumerate(prompts)]
     got = serve(core, executor, requests)

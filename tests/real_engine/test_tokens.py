@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lab.control.core import EngineCore
+from lab.control.executor import Capacity
 from lab.control.plan import GENESIS, StepPlan, Work
 from lab.control.request import Prompt, Request, SamplingParams
 from lab.control.step import Limits
@@ -46,7 +47,7 @@ def prompts(count: int, vocab: int, seed: int, longest: int = 60) -> list[list[i
 def test_sixteen_mixed_prompts_get_the_tokens_that_generate_gives(family: str, root: Path) -> None:
     ours, theirs = both(family, root)
     executor = TorchExecutor(ours, blocks=200, block_size=8)
-    core = EngineCore(Fcfs(), Lru(), blocks=200, block_size=8, limits=Limits(64, 8))
+    core = EngineCore(Fcfs(), Lru(), capacity=Capacity(200, 8), limits=Limits(64, 8))
     texts = prompts(16, ours.config.vocab_size, 1)
     requests = [
         Request(id=str(i), prompt=Prompt.of(text), output_len=5 + i % 9) for i, text in enumerate(texts)
@@ -105,8 +106,7 @@ def test_no_schedule_changes_the_tokens(
     core = EngineCore(
         policy(),
         Lru(),
-        blocks=blocks,
-        block_size=block_size,
+        capacity=Capacity(blocks, block_size),
         limits=Limits(budget, slots, chunk),
         prefix_cache=cache,
     )
@@ -118,7 +118,7 @@ def test_no_schedule_changes_the_tokens(
 def test_logits_are_within_a_thousandth_of_the_reference(llama: tuple[LoadedModel, Any]) -> None:
     ours, theirs = llama
     executor = TorchExecutor(ours, blocks=100, block_size=4, keep_logits=True)
-    core = EngineCore(Fcfs(), Lru(), blocks=100, block_size=4, limits=Limits(13, 5))
+    core = EngineCore(Fcfs(), Lru(), capacity=Capacity(100, 4), limits=Limits(13, 5))
     texts = prompts(5, 300, 3)
     for i, text in enumerate(texts):
         core.add(Request(id=str(i), prompt=Prompt.of(text), output_len=4), 0)
@@ -142,7 +142,7 @@ def test_two_equal_prompts_in_one_step_share_blocks_and_get_equal_tokens(
 ) -> None:
     ours, theirs = llama
     executor = TorchExecutor(ours, blocks=40, block_size=4)
-    core = EngineCore(Fcfs(), Lru(), blocks=40, block_size=4, limits=Limits(100, 4))
+    core = EngineCore(Fcfs(), Lru(), capacity=Capacity(40, 4), limits=Limits(100, 4))
     text = prompts(1, 300, 5)[0] * 2
     requests = [Request(id=name, prompt=Prompt.of(text), output_len=6) for name in "ab"]
     got = serve(core, executor, requests)
@@ -158,12 +158,12 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_the_batch(llama: tuple[L
     alone, together = [], {}
     for text in texts:
         executor = TorchExecutor(ours, blocks=60, block_size=4)
-        core = EngineCore(Fcfs(), Lru(), blocks=60, block_size=4)
+        core = EngineCore(Fcfs(), Lru(), capacity=Capacity(60, 4))
         alone.append(
             serve(core, executor, [Request(id="x", prompt=Prompt.of(text), output_len=8, sampling=hot)])["x"]
         )
     executor = TorchExecutor(ours, blocks=200, block_size=4)
-    core = EngineCore(Fcfs(), Lru(), blocks=200, block_size=4, limits=Limits(17, 4))
+    core = EngineCore(Fcfs(), Lru(), capacity=Capacity(200, 4), limits=Limits(17, 4))
     together = serve(
         core,
         executor,
@@ -178,7 +178,7 @@ def test_generation_stops_at_a_stop_token_which_is_part_of_the_output(llama: tup
 
     def generate(**ending: Any) -> list[int]:
         executor = TorchExecutor(ours, blocks=40, block_size=4)
-        core = EngineCore(Fcfs(), Lru(), blocks=40, block_size=4)
+        core = EngineCore(Fcfs(), Lru(), capacity=Capacity(40, 4))
         return serve(core, executor, [Request(id="a", prompt=Prompt.of(text), **ending)])["a"]
 
     whole = generate(output_len=14)
@@ -193,7 +193,7 @@ def test_tiny_is_the_same_model_for_the_same_seed(tmp_path: Path) -> None:
     def tokens(seed: int) -> list[int]:
         model = load_model(ModelSpec("tiny", "float32", seed), cache_dir=tmp_path)
         executor = TorchExecutor(model, blocks=20)
-        core = EngineCore(Fcfs(), Lru(), blocks=20)
+        core = EngineCore(Fcfs(), Lru(), capacity=Capacity(20))
         return serve(core, executor, [Request(id="a", prompt=Prompt.of(range(20)), output_len=12)])["a"]
 
     assert tokens(1) == tokens(1)
@@ -246,7 +246,7 @@ def test_a_request_preempted_and_rejected_in_one_step_is_forgotten(llama: tuple[
             super().schedule(step)
 
     executor = TorchExecutor(llama[0], blocks=20, block_size=4)
-    core = EngineCore(Fickle(), Lru(), blocks=20, block_size=4)
+    core = EngineCore(Fickle(), Lru(), capacity=Capacity(20, 4))
     requests = [Request(id=name, prompt=Prompt.of(range(9)), output_len=3) for name in "ab"]
     got = serve(core, executor, requests)
     assert (len(got["a"]), len(got["b"])) == (1, 3)

@@ -54,9 +54,9 @@ def spec(
 
 def run_stepped(chosen: EngineSpec, capacity: Capacity, requests: Sequence[Request], seed: int) -> Recorder:
     recorder = Recorder()
-    gateway, core = assemble(chosen, capacity, recorder)
+    control = assemble(chosen, capacity, recorder)
     erratic = Erratic(capacity, seed)
-    SteppedRun(gateway, core, erratic, requests, timer=erratic).run()
+    SteppedRun(control, erratic, requests, timer=erratic).run()
     return recorder
 
 
@@ -64,13 +64,13 @@ def replay(
     chosen: EngineSpec, capacity: Capacity, requests: Sequence[Request], recorded: Recorder
 ) -> Recorder:
     recorder = Recorder()
-    gateway, core = assemble(chosen, capacity, recorder)
+    control = assemble(chosen, capacity, recorder)
     cost = RecordedCost(
         [step.plan.digest for step in recorded.steps],
         [step.timing for step in recorded.steps],
         [(step.prefill_tokens, step.decode_tokens, step.context_tokens) for step in recorded.steps],
     )
-    Simulation(gateway, core, SimExecutor(cost, capacity), requests).run()
+    Simulation(control, SimExecutor(cost, capacity), requests).run()
     assert cost.parity(len(recorder.steps))
     return recorder
 
@@ -121,13 +121,13 @@ def test_a_replay_that_decides_otherwise_says_where_it_left_the_record() -> None
     capacity = Capacity(40, 4, 10_000, 100)
     recorded = run_stepped(spec("fcfs", seqs=2), capacity, requests, 1)
     recorder = Recorder()
-    gateway, core = assemble(spec("sjf", seqs=2), capacity, recorder)
+    control = assemble(spec("sjf", seqs=2), capacity, recorder)
     cost = RecordedCost(
         [step.plan.digest for step in recorded.steps],
         [step.timing for step in recorded.steps],
         [(step.prefill_tokens, step.decode_tokens, step.context_tokens) for step in recorded.steps],
     )
-    Simulation(gateway, core, SimExecutor(cost, capacity), requests).run()
+    Simulation(control, SimExecutor(cost, capacity), requests).run()
     assert cost.diverged_at == 0
     assert not cost.parity(len(recorder.steps))
     assert len(recorder.requests) == 5
@@ -148,14 +148,14 @@ def test_a_policy_that_schedules_nothing_ends_the_run_with_its_name(driver: str,
 
     recorder = Recorder()
     capacity = Capacity(8, 4, 100, 100)
-    gateway, core = assemble(spec("fcfs"), capacity, recorder)
-    core.policy, core.policy_name = Idle(), "Idle"
+    control = assemble(spec("fcfs"), capacity, recorder)
+    control.core.policy, control.core.policy_name = Idle(), "Idle"
     requests = [Request(id="a", prompt=Prompt((Segment(1, 0, 4),)), arrival=5, output_len=2)]
     cost = RecordedCost(["x"], [StepTiming(0, 0, 1, 0, 0)], [(0, 0, 0)])
     drive = (
-        SteppedRun(gateway, core, Erratic(capacity, 0), requests)
+        SteppedRun(control, Erratic(capacity, 0), requests)
         if driver == "stepped"
-        else Simulation(gateway, core, SimExecutor(cost, capacity), requests)
+        else Simulation(control, SimExecutor(cost, capacity), requests)
     )
     with pytest.raises(PolicyError, match="'Idle' scheduled nothing at step 0 although 1 requests wait"):
         drive.run()

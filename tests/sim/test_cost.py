@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lab.control.plan import GENESIS, StepPlan, StepTiming, Work
 from lab.errors import ConfigError
 from sim.backend import REFERENCE
-from sim.cost.linear import FEATURES, PHASES, LinearCost
+from sim.cost.linear import FEATURES, FORMAT, PHASES, LinearCost
 from sim.cost.model import Batch
 
 
@@ -84,10 +84,10 @@ def test_a_calibration_survives_the_round_trip(tmp_path: Path) -> None:
         ("[]", "malformed"),
         ("{}", "malformed"),
         (json.dumps({"format": 99}), "format 99"),
-        (json.dumps({"format": 1, "coefficients_ns": {}, "measured_on": {}}), "malformed"),
+        (json.dumps({"format": FORMAT, "coefficients_ns": {}, "measured_on": {}}), "malformed"),
         (
             json.dumps(
-                {"format": 1, "coefficients_ns": {p: {"magic": 1} for p in PHASES}, "measured_on": {}}
+                {"format": FORMAT, "coefficients_ns": {p: {"magic": 1} for p in PHASES}, "measured_on": {}}
             ),
             "unknown features",
         ),

@@ -111,6 +111,45 @@ def test_requests_of_a_group_share_their_prefix_and_nothing_more():
     assert {r.priority for r in workload.requests} == {0, 1, 2}
 
 
+def test_shares_say_how_often_and_classes_bring_their_objectives():
+    options = {
+        "n": 4000,
+        "tenants": 3,
+        "tenant_shares": [6, 3, 1],
+        "priorities": 2,
+        "priority_shares": [1.0, 4.0],
+        "ttft_slo_ms": [500, 8000.5],
+        "tpot_slo_ms": [50, 200],
+    }
+    requests = build("poisson", options).requests
+    counts = [sum(r.tenant == f"t{i}" for r in requests) for i in range(3)]
+    assert [count / 4000 for count in counts] == pytest.approx([0.6, 0.3, 0.1], abs=0.025)
+    assert sum(r.priority for r in requests) / 4000 == pytest.approx(0.8, abs=0.025)
+    objectives = {(r.priority, r.ttft_slo, r.tpot_slo) for r in requests}
+    assert objectives == {(0, 500_000_000, 50_000_000), (1, 8_000_500_000, 200_000_000)}
+    plain = build("poisson", {"n": 4000, "tenants": 3, "priorities": 2}).requests
+    assert [(r.arrival, r.output_len) for r in plain] == [(r.arrival, r.output_len) for r in requests]
+    assert {r.ttft_slo for r in plain} == {None}
+    assert build("poisson", {**options, "n": 50}).requests == requests[:50]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tenants": 2, "tenant_shares": [1]}, r"^trace\.tenant_shares is \[1\.0\]; expected one number > 0"),
+        ({"tenants": 2, "tenant_shares": [1, 0]}, r"^trace\.tenant_shares is \[1\.0, 0\.0\]"),
+        ({"tenant_shares": [float("nan")]}, r"^trace\.tenant_shares is \[nan\]"),
+        ({"priorities": 2, "priority_shares": [1, 2, 3]}, r"for each of the priorities$"),
+        ({"ttft_slo_ms": [-5]}, r"^trace\.ttft_slo_ms is \[-5\.0\]"),
+        ({"tpot_slo_ms": 3}, r"^trace\.tpot_slo_ms is 3; expected a list"),
+        ({"tpot_slo_ms": ["x"]}, r"^trace\.tpot_slo_ms\.0 is 'x'; expected a number"),
+    ],
+)
+def test_shares_and_objectives_that_make_no_sense_are_named(options, named):
+    with pytest.raises(ConfigError, match=named):
+        build("poisson", {"n": 5, **options})
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

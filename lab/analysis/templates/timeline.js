@@ -5,6 +5,8 @@
   const panels = document.getElementById("timeline-panels");
   const tip = document.getElementById("timeline-tip");
   const STRIP = 26, AXIS = 20, LEFT = 8;
+  const LEAST = 4, PIECE = 1; // pixels that a request and each of its stages get, however short they are
+  const colour = name => data.stages.find(stage => stage.name === name).colour;
 
   const ends = data.panels.flatMap(p => [...p.lanes.flat().map(([, s, n]) => s + n), ...p.steps.map(b => b[2] + b[3])]);
   const last = ends.reduce((a, b) => Math.max(a, b), 1);
@@ -15,7 +17,7 @@
     const entry = document.createElement("span"), swatch = document.createElement("span");
     swatch.className = "swatch";
     swatch.style.background = stage.colour;
-    entry.append(swatch, stage.name === "preempted" ? "queue after preemption" : stage.name);
+    entry.append(swatch, stage.label);
     document.getElementById("timeline-legend").append(entry);
   }
   if (data.ids.length < data.total) {
@@ -70,10 +72,10 @@
       drawSteps(c, g, panel);
       for (let row = 0; row < g.count; row++) {
         const y = STRIP + row * g.lane, high = Math.max(1, g.lane * 0.82);
-        for (const [stage, start, length] of panel.lanes[g.first + row] || []) {
-          if (start > view.to || start + length < view.from) continue;
+        for (const { stage, x, wide } of bars(g, panel.lanes[g.first + row] || [])) {
+          if (x > g.width || x + wide < 0) continue;
           c.fillStyle = data.stages[stage].colour;
-          c.fillRect(g.x(start), y, Math.max(0.6, g.x(start + length) - g.x(start)), high);
+          c.fillRect(x, y, wide, high);
         }
         if (g.first + row === marked) {
           c.strokeStyle = ink;
@@ -84,13 +86,25 @@
     }
   }
 
-  // Bars of equal height: orange where a step carried prompt tokens, green where it only decoded.
+  // The stages of one request as bars. A request that would be too short to see is drawn wider, its stages in
+  // proportion; a stage that would be, reaches into what follows it.
+  function bars(g, lane) {
+    if (!lane.length) return [];
+    const [, first] = lane[0], [, start, length] = lane[lane.length - 1];
+    const from = g.x(first), stretch = Math.max(1, LEAST / Math.max(1e-9, g.x(start + length) - from));
+    return lane.filter(([, , n]) => n > 0).map(([stage, s, n]) => ({
+      stage, x: from + (g.x(s) - from) * stretch, wide: Math.max(PIECE, (g.x(s + n) - g.x(s)) * stretch),
+    }));
+  }
+
+  // Bars of equal height, a row for each replica: orange where a step carried prompt tokens, green where it only decoded.
   function drawSteps(c, g, panel) {
-    for (const [, , start, length, prompt] of panel.steps) {
+    const high = (STRIP - 12) / Math.max(1, panel.replicas.length);
+    for (const [, , start, length, prompt, , place] of panel.steps) {
       if (start > view.to || start + length < view.from) continue;
-      c.fillStyle = data.stages[prompt ? 2 : 3].colour;
+      c.fillStyle = colour(prompt ? "prefill" : "decode");
       const x = g.x(start), wide = g.x(start + length) - x;
-      c.fillRect(x, 5, Math.max(0.5, wide > 3 ? wide - 1 : wide), STRIP - 12);
+      c.fillRect(x, 5 + place * high, Math.max(0.5, wide > 3 ? wide - 1 : wide), Math.max(1, high - (high > 4 && high < STRIP - 12 ? 1 : 0)));
     }
   }
 
@@ -119,20 +133,22 @@
     const slack = 2 * (view.to - view.from) / g.width;
     const near = (start, length) => t >= start - slack && t <= start + length + slack;
     if (y < STRIP) {
-      const bar = panel.steps.find(b => near(b[2], b[3]));
+      const many = panel.replicas.length;
+      const at = Math.max(0, Math.min(many - 1, Math.floor((y - 5) * many / (STRIP - 12))));
+      const bar = panel.steps.find(b => b[6] === at && near(b[2], b[3]));
       if (!bar) return { row: -1, text: "" };
-      const [a, b, start, length, prompt, decode] = bar;
-      const name = a === b ? `step ${a}` : `steps ${a} to ${b}`;
+      const [a, b, start, length, prompt, decode, place] = bar;
+      const whose = many > 1 ? `replica ${panel.replicas[place]}, ` : "";
+      const name = whose + (a === b ? `step ${a}` : `steps ${a} to ${b}`);
       return { row: -1, text: `${name}\nstart ${exact(start)}, ${exact(length)}\n${prompt} prompt + ${decode} decode tokens` };
     }
     const row = g.first + Math.floor((y - STRIP) / g.lane);
     if (row >= g.first + g.count || !(row in data.ids)) return { row: -1, text: "" };
     const piece = (panel.lanes[row] || []).find(([, s, n]) => near(s, n));
     if (!piece) return { row, text: `request ${data.ids[row]}` };
-    const stage = data.stages[piece[0]].name;
     return {
       row,
-      text: `request ${data.ids[row]}\n${stage === "preempted" ? "queue after preemption" : stage}\nstart ${exact(piece[1])}, ${exact(piece[2])}`,
+      text: `request ${data.ids[row]}\n${data.stages[piece[0]].label}\nstart ${exact(piece[1])}, ${exact(piece[2])}`,
     };
   }
 

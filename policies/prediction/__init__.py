@@ -1,0 +1,1 @@
+"""Prediction: how long an output will be, foreseen on arrival."""

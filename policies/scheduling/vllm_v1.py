@@ -1,0 +1,44 @@
+"""vllm_v1: vLLM v1's scheduler: one token budget, no phases, and a cap on what a long prompt takes of a step.
+
+Rule: running requests first, in order of admission, each at most `long_prefill_threshold` tokens; when blocks
+run short the last of the running is preempted and the step admits nobody. Otherwise waiting requests by
+arrival (`fcfs`) or by (priority, arrival) (`priority`), until the first that doesn't fit. Under `priority` the
+victim is the one of the largest (priority, arrival). Preempted requests return by arrival, which under `fcfs`
+is vLLM's "to the front of the queue".
+Origin: vllm/v1/core/sched/scheduler.py. Wins: the default that others are measured against; the cap lets
+short prompts pass a long one. Loses: without the cap one chunk can take all that running requests leave.
+Cost: O(running log running) a step, O(log waiting) an admission.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lab.policy import RequestView, Step
+from policies.keyed_heap import Key
+from policies.scheduling.common import QueueingPolicy, run_in_order
+
+
+class VllmV1(QueueingPolicy):
+    """`long_prefill_threshold` 0 is no cap, as in vLLM."""
+
+    def __init__(self, long_prefill_threshold: int = 0, order: Literal["fcfs", "priority"] = "fcfs") -> None:
+        super().__init__()
+        if long_prefill_threshold < 0:
+            raise ValueError(f"long_prefill_threshold is {long_prefill_threshold}; expected at least 0")
+        if order not in ("fcfs", "priority"):
+            raise ValueError(f"order is {order!r}; expected 'fcfs' or 'priority'")
+        self.cap = long_prefill_threshold or None
+        self.by_priority = order == "priority"
+
+    def key(self, request: RequestView) -> Key:
+        return (request.priority if self.by_priority else 0, request.arrival, request.seq)
+
+    def schedule(self, step: Step) -> None:
+        running = list(step.running.values())
+        if self.by_priority:
+            running.sort(key=self.key)  # so that the last is the victim
+        cap = self.cap
+        if run_in_order(step, running, None if cap is None else lambda request: cap):
+            while self.queue and step.run(self.queue.peek(), cap):
+                self.queue.pop()

@@ -1,0 +1,25 @@
+"""What swapping costs: the plan's moves over the link between device and host. Data plane, state path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lab.control.executor import Capacity
+from lab.control.plan import StepPlan, StepTiming
+from sim.cost.model import CostModel
+
+
+class WithTransfers:
+    """A cost model and, before its step, the plan's moves at the capacity's nominal bandwidth.
+
+    Out and in share the link one after another, and nothing is overlapped with the forward.
+    """
+
+    def __init__(self, cost: CostModel, capacity: Capacity) -> None:
+        self._cost, self._capacity = cost, capacity
+
+    def step_time(self, plan: StepPlan) -> StepTiming:
+        timing = self._cost.step_time(plan)
+        if not plan.moved_blocks:
+            return timing
+        return replace(timing, transfer_ns=self._capacity.transfer_ns(plan.moved_blocks))
