@@ -83,7 +83,7 @@ def _summary(runs: Sequence[RunLike], diff: Diff | None) -> list[list[dict[str, 
     known = diff.metrics if diff is not None else {k: {"a": v} for k, v in scalars(runs[0].metrics).items()}
     keys = diff.keys if diff is not None else ("a",)
     sections = []
-    for section in rows(known):
+    for section in rows(known, lambda key: [known[key][side] or 0 for side in keys]):
         entries = []
         for key, label, unit in section:
             error = known[key].get("error_pct")

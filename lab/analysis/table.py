@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lab.analysis.diff import Diff
 from lab.analysis.frames import RunLike, name, scalars
@@ -30,6 +30,12 @@ _OTHERS = (
         ("kv.peak_blocks", "KV use", "peak blocks held"),
         ("kv.evictions", "", "evictions"),
         ("preemptions", "Preemptions", ""),
+        ("swapped_blocks", "", "blocks swapped"),
+    ),
+    (
+        ("fleet.most_replicas", "Fleet", "most replicas"),
+        ("fleet.cold_starts", "", "cold starts"),
+        ("fleet.replica_seconds", "", "replica-seconds"),
     ),
     (
         ("requests.finished", "Requests", "finished"),
@@ -44,8 +50,13 @@ Row = tuple[str, str, str]
 """(metric name, what to print, unit or statistic)."""
 
 
-def rows(known: Mapping[str, object]) -> Iterator[list[Row]]:
-    """The rows that these metrics can fill, in the sections of the table."""
+def rows(known: Mapping[str, object], values: Callable[[str], list[Any]]) -> Iterator[list[Row]]:
+    """The rows that these metrics can fill, in the sections of the table; nothing of fleets and swapping where
+    there were none. `values` of a metric: one for each side."""
+    if "swapped_blocks" in known and not any(values("swapped_blocks")):
+        known = {key: value for key, value in known.items() if key != "swapped_blocks"}
+    if "fleet.most_replicas" in known and max(values("fleet.most_replicas")) < 2:
+        known = {key: value for key, value in known.items() if not key.startswith("fleet.")}
     for metric, label in _LATENCIES.items():
         found = [(f"{metric}.{q}", "", f"{q}, ms") for q in _QUANTILES if f"{metric}.{q}" in known]
         yield _labelled(label, found)
@@ -87,7 +98,7 @@ def comparison_table(diff: Diff, *, plain: bool = False) -> Table:
     for label in diff.labels:
         table.add_column(Text(label), justify="right", overflow="fold", max_width=24)
     table.add_column("error", justify="right", no_wrap=True)
-    for section in rows(diff.metrics):
+    for section in rows(diff.metrics, lambda key: [diff.metrics[key][side] or 0 for side in diff.keys]):
         for key, label, unit in section:
             cell = diff.metrics[key]
             error = cell["error_pct"]
@@ -106,7 +117,7 @@ def run_table(run: RunLike, *, plain: bool = False) -> Table:
     table = _table(plain)
     table.add_column(Text(name(run)), justify="right")
     metrics = scalars(run.metrics)
-    for section in rows(metrics):
+    for section in rows(metrics, lambda key: [metrics[key]]):
         for key, label, unit in section:
             table.add_row(label, unit, number(metrics[key], key))
         if section:
