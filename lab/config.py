@@ -70,6 +70,9 @@ class EngineConfig:
     max_seqs: int = option(32, "most requests running at once")
     chunk: int | None = option(None, "most prefill tokens of one request in one step; null: the budget alone")
     threads: int | None = option(None, "CPU threads of the real engine; null: torch's own choice")
+    attention: str = option(
+        "auto", "real engine's attention: native (own kernels), torch; auto: what there is"
+    )
 
 
 @dataclass
@@ -238,6 +241,7 @@ COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
 )
 DTYPES = ("bfloat16", "float32")
 OUTPUT_LENGTHS = ("forced", "stop")
+ATTENTION = ("auto", "native", "torch")
 
 
 def backends() -> list[str]:
@@ -324,6 +328,7 @@ def validate(cfg: Config) -> None:
     _one_of("backend", cfg.backend, backends())
     _one_of("output_lengths", cfg.output_lengths, OUTPUT_LENGTHS)
     _one_of("model.dtype", cfg.model.dtype, DTYPES)
+    _one_of("engine.attention", cfg.engine.attention, ATTENTION)
     _one_of("cost", cfg.cost.name, list(COSTS))
     _at_least("seed", cfg.seed, 0)
     _at_least("engine.token_budget", cfg.engine.token_budget, 1)

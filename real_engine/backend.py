@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lab.assembly import ControlPlane
 from lab.backend import Backend, Progress, kv_blocks
@@ -15,6 +15,10 @@ from lab.control.executor import Capacity
 from lab.control.request import Request
 from lab.errors import ModelError
 from real_engine.driver import SteppedRun
+
+if TYPE_CHECKING:
+    from real_engine.attention.backend import AttentionBackend
+    from real_engine.models.loading import LoadedModel
 
 
 class RealBackend:
@@ -50,9 +54,34 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
     model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
     executor = TorchExecutor(
         model,
+        attention=_attention(cfg, model, console),
         blocks=kv_blocks(cfg),
         block_size=cfg.kv.block_size,
         host_blocks=cfg.kv.host_blocks,
         transfer_gb_s=cfg.kv.transfer_gb_s,
     )
     return RealBackend(executor, executor.about, model.config.eos_token_ids)
+
+
+def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBackend:
+    """Our own kernels where they can be built, suit the model and agree with plain torch; else plain torch."""
+    from real_engine.attention.native_cpu import NativeAttention, agrees
+    from real_engine.attention.torch_cpu import TorchAttention
+    from real_engine.kv_memory import KvShape
+    from real_engine.native import library
+
+    if cfg.engine.attention == "torch":
+        return TorchAttention()
+    shape = KvShape.of(model.config, model.dtype, cfg.kv.block_size)
+    why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"
+    if NativeAttention.suits(shape):
+        kernels = library.load(cache_dir(cfg, os.environ), console.say)
+        why = "see above"
+        if kernels is not None and agrees(kernels, shape, model.config.heads):
+            return NativeAttention(kernels)
+        if kernels is not None:
+            why = "on this processor they don't agree with plain torch"
+            console.say(f"The CPU kernels aren't used: {why}.")
+    if cfg.engine.attention == "native":
+        raise ModelError(f"engine.attention=native can't run '{cfg.model.name}' here: {why}")
+    return TorchAttention()

@@ -139,6 +139,7 @@ def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
         "model": cfg.model.name,
         "dtype": cfg.model.dtype,
         "threads": cfg.engine.threads,
+        "attention": cfg.engine.attention,
         "engine": [cfg.engine.token_budget, cfg.engine.max_seqs],
         "kv": [cfg.kv.block_size],
     }

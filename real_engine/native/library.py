@@ -1,0 +1,125 @@
+"""Builds `kernels.cpp` once a machine and calls it. Data plane.
+
+The library has a plain C interface and knows nothing of torch: it is made by one compiler call, kept in the cache
+directory under a name that says from what (source, compiler, processor), and opened with ctypes. Where there
+is no compiler, or anything else goes wrong, `load` says so in a sentence and the engine runs without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "kernels.cpp"
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+TIMEOUT_S = 180
+
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+LANES = 16
+"""Head sizes must be a multiple of it."""
+
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_ATTEND = [*[_POINTER] * 7, _LONG, _LONG, *[_INT] * 5, _FLOAT, _INT]
+
+
+class Kernels:
+    """The opened library. Tensors are on the CPU, of a type in `SUFFIX`, and contiguous but for `q`'s rows."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._attend = {}
+        for dtype, suffix in SUFFIX.items():
+            self._attend[dtype] = getattr(library, f"attend_{suffix}")
+            self._attend[dtype].argtypes, self._attend[dtype].restype = _ATTEND, None
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        table: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Causal attention of packed rows over paged keys and values.
+
+        `q` `[tokens, heads, dim]`; `keys`, `values` `[blocks, block_size, kv_heads, dim]`; int32 `starts`
+        `[sequences + 1]`, `lengths` `[sequences]`, `table` `[sequences, most blocks]`, as in `PackedBatch`.
+        Gives `[tokens, heads * dim]`.
+        """
+        tokens, heads, dim = q.shape
+        _, block_size, kv_heads, _ = keys.shape
+        assert q.stride(1) == dim
+        assert q.stride(2) == 1
+        out = torch.empty((tokens, heads * dim), dtype=q.dtype)
+        pointers = (x.data_ptr() for x in (q, keys, values, out, starts, lengths, table))
+        strides = (q.stride(0), table.stride(0))
+        sizes = (len(lengths), heads, kv_heads, dim, block_size)
+        self._attend[q.dtype](*pointers, *strides, *sizes, scale, torch.get_num_threads())
+        return out
+
+
+def load(cache: Path, notify: Callable[[str], None] = lambda text: None) -> Kernels | None:
+    """The kernels, built into `cache` if they aren't there yet; None, with a sentence to `notify`, without them."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        notify("No C++ compiler here: attention runs on plain torch, several times slower at large batches.")
+        return None
+    try:
+        return Kernels(_built(compiler, cache, notify))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        line = next((text for text in str(said).splitlines() if "error" in text.lower()), str(error))
+        notify(f"The CPU kernels can't be used ({line.strip()}): attention runs on plain torch.")
+        return None
+
+
+def _built(compiler: str, cache: Path, notify: Callable[[str], None]) -> Path:
+    """Path of the library for this source, compiler and processor. One process builds, others wait."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30)
+    key = hashlib.blake2b(digest_size=8)
+    for part in (
+        SOURCE.read_bytes(),
+        version.stdout.encode(),
+        " ".join(FLAGS).encode(),
+        _processor().encode(),
+    ):
+        key.update(part)
+    folder = cache / "native"
+    path = folder / f"kernels-{key.hexdigest()}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        notify("Building the CPU kernels (a few seconds, once a machine) ...")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = Path(scratch) / "kernels.so"
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+            os.replace(fresh, path)
+    return path
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return platform.machine() + next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return platform.machine() + platform.processor()
