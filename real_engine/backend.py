@@ -78,6 +78,9 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
         kernels = library.load(cache_dir(cfg, os.environ), console.say)
         why = "see above"
         if kernels is not None and agrees(kernels, shape, model.config.heads):
+            widths = (model.config.hidden_size, model.config.intermediate_size)
+            if all(width % library.LANES == 0 for width in widths):
+                model.decoder.ops = kernels
             return NativeAttention(kernels)
         if kernels is not None:
             why = "on this processor they don't agree with plain torch"

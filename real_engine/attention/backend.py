@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from real_engine.kv_memory import KvMemory
+from real_engine.models.rope import RopeTable
 
 IntArray = NDArray[np.signedinteger[Any]]
 
@@ -42,9 +43,10 @@ class PackedBatch:
 class PreparedAttention(Protocol):
     """Attention of one step."""
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store `k`, `v` `[T, kv_heads, head_dim]` at their slots, then attend with `q` `[T, heads, head_dim]`.
+    def forward(self, layer: int, qkv: Tensor, rope: RopeTable) -> Tensor:
+        """Rotate queries and keys, store keys and values at their slots, then attend.
 
+        `qkv` `[T, heads + 2 * kv_heads, head_dim]` is the projection's own result and may be overwritten.
         All of the layer's keys and values are stored before any is read: a sequence may have a block in its
         table that another sequence of the same step fills. Gives `[T, heads * head_dim]`.
         """

@@ -15,6 +15,8 @@ from torch import Tensor
 from real_engine.attention.backend import PackedBatch
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.config import Rope
+from real_engine.models.rope import RopeTable
 from real_engine.native.library import LANES, SUFFIX, Kernels
 
 
@@ -40,18 +42,17 @@ class NativePrepared:
 
     def __init__(self, kernels: Kernels, batch: PackedBatch, memory: KvMemory) -> None:
         self._kernels, self._memory = kernels, memory
-        self._slots = torch.from_numpy(batch.slot_mapping)
+        self._slots, self._positions = torch.from_numpy(batch.slot_mapping), torch.from_numpy(batch.positions)
         self._starts, self._lengths, self._table = (
             torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
             for array in (batch.cu_seqlens_q, batch.seqlens_k, batch.block_table)
         )
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, layer: int, qkv: Tensor, rope: RopeTable) -> Tensor:
         keys, values = self._memory.keys[layer], self._memory.values[layer]
-        kv_heads, dim = k.shape[1:]
-        keys.view(-1, kv_heads, dim).index_copy_(0, self._slots, k)
-        values.view(-1, kv_heads, dim).index_copy_(0, self._slots, v)
-        scale = 1 / math.sqrt(dim)
+        kv_heads, dim = keys.shape[2:]
+        self._kernels.rotate_and_store(qkv, rope.cos, rope.sin, self._positions, self._slots, keys, values)
+        q, scale = qkv[:, : qkv.shape[1] - 2 * kv_heads], 1 / math.sqrt(dim)
         return self._kernels.attend(q, keys, values, self._starts, self._lengths, self._table, scale)
 
 
@@ -88,10 +89,8 @@ def agrees(kernels: Kernels, shape: KvShape, heads: int) -> bool:
         sample_rows=np.zeros(0, np.int64),
     )
 
-    def heads_of(count: int) -> Tensor:
-        return torch.randn((sum(chunks), count, shape.head_dim), generator=generator).to(shape.dtype)
-
-    q, k, v = heads_of(heads), heads_of(shape.kv_heads), heads_of(shape.kv_heads)
-    ours = NativeAttention(kernels).prepare(batch, memories[0]).forward(0, q, k, v).float()
-    theirs = TorchAttention().prepare(batch, memories[1]).forward(0, q, k, v).float()
+    qkv = torch.randn((sum(chunks), heads + 2 * shape.kv_heads, shape.head_dim), generator=generator)
+    qkv, rope = qkv.to(shape.dtype), RopeTable(Rope(), shape.head_dim, max(lengths), shape.dtype)
+    theirs = TorchAttention().prepare(batch, memories[1]).forward(0, qkv.clone(), rope).float()
+    ours = NativeAttention(kernels).prepare(batch, memories[0]).forward(0, qkv, rope).float()
     return bool(torch.allclose(ours, theirs, atol=2e-5 if shape.dtype == torch.float32 else 2e-2))

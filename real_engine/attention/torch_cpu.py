@@ -16,6 +16,7 @@ from torch import Tensor
 
 from real_engine.attention.backend import IntArray, PackedBatch
 from real_engine.kv_memory import KvMemory
+from real_engine.models.rope import RopeTable, rotate
 
 _SPLIT_GAIN = 256
 """Padded tokens that a further group of single-token rows must save to be worth its own kernel calls."""
@@ -62,6 +63,8 @@ class TorchPrepared:
     def __init__(self, batch: PackedBatch, memory: KvMemory) -> None:
         self._memory = memory
         self._slots = torch.from_numpy(batch.slot_mapping)
+        self._positions = torch.from_numpy(batch.positions)
+        self._rotation: tuple[Tensor, Tensor] | None = None
         size, dtype = memory.shape.block_size, memory.shape.dtype
         first, counts = batch.cu_seqlens_q[:-1], np.diff(batch.cu_seqlens_q)
         single = np.flatnonzero(counts == 1)
@@ -75,10 +78,14 @@ class TorchPrepared:
             for i in np.flatnonzero(counts != 1)
         ]
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, layer: int, qkv: Tensor, rope: RopeTable) -> Tensor:
         keys, values = self._memory.keys[layer], self._memory.values[layer]
-        tokens, heads, head_dim = q.shape
-        kv_heads = k.shape[1]
+        kv_heads, head_dim = keys.shape[2:]
+        tokens, heads = len(qkv), qkv.shape[1] - 2 * kv_heads
+        if self._rotation is None:
+            self._rotation = rope.at(self._positions)  # the same for every layer
+        qk = rotate(qkv[:, : heads + kv_heads], *self._rotation)
+        q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
         keys.view(-1, kv_heads, head_dim).index_copy_(0, self._slots, k)
         values.view(-1, kv_heads, head_dim).index_copy_(0, self._slots, v)
         keys, values = keys.view(self._memory.blocks, -1), values.view(self._memory.blocks, -1)

@@ -16,7 +16,8 @@ from torch import Tensor
 from real_engine.attention.backend import PackedBatch, PreparedAttention
 from real_engine.models.config import DecoderConfig
 from real_engine.models.linear import Linear
-from real_engine.models.rope import RopeTable, rotate
+from real_engine.models.ops import Ops, TorchOps
+from real_engine.models.rope import RopeTable
 from real_engine.models.weights import Weights
 
 
@@ -38,6 +39,8 @@ class Decoder:
     def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> None:
         """Raises `ModelError` for a tensor that is missing or of another shape."""
         self.config, self.dtype = config, dtype
+        self.ops: Ops = TorchOps()
+        """What lies between the matrix products; may be replaced by a faster one."""
         self._weights = weights
         c = config
         self._embedding = self._take("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
@@ -54,25 +57,22 @@ class Decoder:
 
     def forward(self, batch: PackedBatch, attention: PreparedAttention) -> Tensor:
         """Float32 logits of the rows that sample, `[rows, vocab_size]`; keys and values go into the cache."""
-        c = self.config
+        c, ops = self.config, self.ops
         rotated = c.heads + c.kv_heads
         x = self._embedding[torch.from_numpy(batch.token_ids)]  # [tokens, hidden]
-        cos, sin = self._rope.at(torch.from_numpy(batch.positions))
+        added: Tensor | None = None
         for number, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._rms(x, layer.attention_norm)).view(len(x), -1, c.head_dim)
-            qk, v = qkv[:, :rotated], qkv[:, rotated:]  # [tokens, heads, head_dim]
+            qkv = layer.qkv(ops.add_norm(x, added, layer.attention_norm, c.norm_eps))
+            qkv = qkv.view(len(x), -1, c.head_dim)  # [tokens, heads + 2 * kv_heads, head_dim]
             if layer.qk_norm is not None:
-                qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps) * layer.qk_norm
-            qk = rotate(qk, cos, sin)
-            attended = attention.forward(number, qk[:, : c.heads], qk[:, c.heads :], v)
-            x = layer.output(attended).add_(x)
-            gate, up = layer.gate_up(self._rms(x, layer.mlp_norm)).chunk(2, -1)
-            x = layer.down(F.silu(gate).mul_(up)).add_(x)
-        last = x[torch.from_numpy(batch.sample_rows)]
-        return self._head(self._rms(last, self._norm)).float()
-
-    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
+                qk = F.rms_norm(qkv[:, :rotated], (c.head_dim,), None, c.norm_eps) * layer.qk_norm
+                qkv = torch.cat((qk, qkv[:, rotated:]), 1)
+            added = layer.output(attention.forward(number, qkv, self._rope))
+            gate_up = layer.gate_up(ops.add_norm(x, added, layer.mlp_norm, c.norm_eps))
+            added = layer.down(ops.silu_mul(gate_up))
+        rows = torch.from_numpy(batch.sample_rows)
+        last, left = x[rows], None if added is None else added[rows]
+        return self._head(ops.add_norm(last, left, self._norm, c.norm_eps)).float()
 
     def _take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self.dtype)

@@ -31,13 +31,13 @@ class RopeTable:
     def __init__(self, rope: Rope, head_dim: int, positions: int, dtype: torch.dtype) -> None:
         half = torch.outer(torch.arange(positions).float(), inverse_frequencies(rope, head_dim))
         cosine, sine = half.cos(), half.sin()
-        self._cos = torch.cat((cosine, cosine), -1).to(dtype)
+        self.cos = torch.cat((cosine, cosine), -1).to(dtype)
         # The sign of "rotate half" sits in the table, so that applying it is one roll and two products.
-        self._sin = torch.cat((-sine, sine), -1).to(dtype)
+        self.sin = torch.cat((-sine, sine), -1).to(dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, signed sin) of the packed tokens, each `[tokens, 1, head_dim]`; the same for every layer."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,10 +12,6 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace {
 
 constexpr int W = 16;  // floats in a vector, and context tokens handled at once
@@ -48,6 +44,20 @@ inline void store(bf16 *p, vec v) {
     u += 0x7FFFu + ((u >> 16) & 1u);  // to nearest, ties to even; a NaN is somebody else's bug already
     hvec h = __builtin_convertvector(u >> 16, hvec);
     std::memcpy(p, &h, sizeof h);
+}
+
+inline float one(const float *p) { return *p; }
+inline float one(const bf16 *p) {
+    const uint32_t u = uint32_t(p->bits) << 16;
+    float f;
+    std::memcpy(&f, &u, sizeof f);
+    return f;
+}
+inline void put(float *p, float f) { *p = f; }
+inline void put(bf16 *p, float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, sizeof u);
+    p->bits = uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
 
 inline vec all(float x) { return x - vec{}; }
@@ -312,13 +322,21 @@ void rotate_and_store(T *qkv, int64_t tokens, int heads, int kv_heads, int dim, 
     for (int64_t token = 0; token < tokens; token++) {
         T *row = qkv + token * stride;
         const T *c = cos + positions[token] * dim, *s = sin + positions[token] * dim;
-        for (int h = 0; h < rotated; h++)
-            for (int d = 0; d < half; d += W) {
+        for (int h = 0; h < rotated; h++) {
+            int d = 0;
+            for (; d + W <= half; d += W) {
                 T *low = row + h * dim + d, *high = low + half;
                 const vec a = load(low), b = load(high);
                 store(low, a * load(c + d) + b * load(s + d));  // the sign of "rotate half" is in the table
                 store(high, b * load(c + half + d) + a * load(s + half + d));
             }
+            for (; d < half; d++) {
+                T *low = row + h * dim + d, *high = low + half;
+                const float a = one(low), b = one(high);
+                put(low, a * one(c + d) + b * one(s + d));
+                put(high, b * one(c + half + d) + a * one(s + half + d));
+            }
+        }
         std::memcpy(keys + slots[token] * kv, row + int64_t(heads) * dim, kv * sizeof(T));
         std::memcpy(values + slots[token] * kv, row + int64_t(rotated) * dim, kv * sizeof(T));
     }

@@ -28,21 +28,29 @@ TIMEOUT_S = 180
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 LANES = 16
-"""Head sizes must be a multiple of it."""
+"""Numbers handled at once: head sizes, and all other widths, must be a multiple of it."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_ATTEND = [*[_POINTER] * 7, _LONG, _LONG, *[_INT] * 5, _FLOAT, _INT]
+_SIGNATURES = {
+    "attend": [*[_POINTER] * 7, _LONG, _LONG, *[_INT] * 5, _FLOAT, _INT],
+    "rotate_and_store": [_POINTER, _LONG, *[_INT] * 3, *[_POINTER] * 6, _INT],
+    "add_norm": [*[_POINTER] * 4, _LONG, _INT, _FLOAT, _INT],
+    "silu_mul": [_POINTER, _POINTER, _LONG, _INT, _INT],
+}
 
 
 class Kernels:
-    """The opened library. Tensors are on the CPU, of a type in `SUFFIX`, and contiguous but for `q`'s rows."""
+    """The opened library. Tensors are on the CPU, of a type in `SUFFIX`, and contiguous but for `q`'s rows. It is an
+    `Ops` too, for widths that are a multiple of `LANES`."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        self._attend = {}
-        for dtype, suffix in SUFFIX.items():
-            self._attend[dtype] = getattr(library, f"attend_{suffix}")
-            self._attend[dtype].argtypes, self._attend[dtype].restype = _ATTEND, None
+        self._functions = {}
+        for name, arguments in _SIGNATURES.items():
+            for dtype, suffix in SUFFIX.items():
+                function = getattr(library, f"{name}_{suffix}")
+                function.argtypes, function.restype = arguments, None
+                self._functions[name, dtype] = function
 
     def attend(
         self,
@@ -68,7 +76,42 @@ class Kernels:
         pointers = (x.data_ptr() for x in (q, keys, values, out, starts, lengths, table))
         strides = (q.stride(0), table.stride(0))
         sizes = (len(lengths), heads, kv_heads, dim, block_size)
-        self._attend[q.dtype](*pointers, *strides, *sizes, scale, torch.get_num_threads())
+        self._functions["attend", q.dtype](*pointers, *strides, *sizes, scale, torch.get_num_threads())
+        return out
+
+    def rotate_and_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """Rotate query and key heads of `qkv` `[tokens, heads + 2 * kv_heads, dim]` in place; write keys and values
+        to their slots (int64 `[tokens]`) of one layer's cache."""
+        assert qkv.is_contiguous()
+        kv_heads, dim = keys.shape[2:]
+        sizes = (qkv.shape[1] - 2 * kv_heads, kv_heads, dim)
+        pointers = (x.data_ptr() for x in (cos, sin, positions, slots, keys, values))
+        function = self._functions["rotate_and_store", qkv.dtype]
+        function(qkv.data_ptr(), len(qkv), *sizes, *pointers, torch.get_num_threads())
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """As `real_engine.models.ops.Ops` says."""
+        out = torch.empty_like(x)
+        pointers = (x.data_ptr(), added.data_ptr() if added is not None else None, weight.data_ptr())
+        function = self._functions["add_norm", x.dtype]
+        function(*pointers, out.data_ptr(), *x.shape, eps, torch.get_num_threads())
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """As `real_engine.models.ops.Ops` says."""
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty((rows, width))
+        function = self._functions["silu_mul", gate_up.dtype]
+        function(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
 
 

@@ -23,7 +23,7 @@ from real_engine.models import smollm2
 from real_engine.models.config import Rope
 from real_engine.models.linear import Linear
 from real_engine.models.loading import load_model
-from real_engine.models.rope import inverse_frequencies
+from real_engine.models.rope import RopeTable, inverse_frequencies
 from real_engine.models.spec import ModelSpec
 from real_engine.sampler import distribution
 from tests.real_engine.reference import MARGIN, assert_greedy, both, families
@@ -158,7 +158,8 @@ def test_attention_over_pages_is_attention_over_each_sequence(seed: int, size: i
     q = torch.randn(total, 6, 8)
     k = torch.cat([x[-int(n) :] for x, n in zip(full_k, counts, strict=True)])
     v = torch.cat([x[-int(n) :] for x, n in zip(full_v, counts, strict=True)])
-    got = TorchAttention().prepare(batch, memory).forward(0, q, k, v).view(total, 6, 8)
+    still = RopeTable(Rope(), 8, 1, torch.float32)  # every position is 0: nothing turns
+    got = TorchAttention().prepare(batch, memory).forward(0, torch.cat((q, k, v), 1), still).view(total, 6, 8)
     for row, (context, count) in enumerate(zip(contexts, counts, strict=True)):
         mine = q[starts[row] : starts[row + 1]]
         keys, values = (x[row].repeat_interleave(3, 1) for x in (full_k, full_v))

@@ -20,6 +20,7 @@ from real_engine.driver import SteppedRun
 from real_engine.executor import TorchExecutor
 from real_engine.kv_memory import KvShape
 from real_engine.models.loading import load_model
+from real_engine.models.ops import TorchOps
 from real_engine.models.spec import ModelSpec
 from real_engine.native import library
 from real_engine.native.library import Kernels
@@ -120,12 +121,45 @@ def test_the_check_at_start_passes_and_notices_a_wrong_kernel(
     assert not agrees(kernels, kv, heads)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    vectors=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    adding=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_norm_and_activation_are_those_of_torch(
+    kernels: Kernels, rows: int, vectors: int, dtype: torch.dtype, adding: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * 8).to(dtype)
+
+    x, weight = drawn(rows, 16 * vectors), drawn(16 * vectors)
+    added = drawn(rows, 16 * vectors) if adding else None
+    same = x.clone()
+    bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    ours, theirs = (ops.add_norm(y, added, weight, 1e-5) for ops, y in ((kernels, x), (TorchOps(), same)))
+    torch.testing.assert_close(ours, theirs, **bound)
+    torch.testing.assert_close(x, same, **bound)
+    gate_up = drawn(rows, 32 * vectors)
+    torch.testing.assert_close(kernels.silu_mul(gate_up), TorchOps().silu_mul(gate_up), **bound)
+
+
+def test_activation_at_the_extremes(kernels: Kernels) -> None:
+    gate_up = torch.tensor([[-1e30, -100.0, -20.0, 0.0, 20.0, 100.0, 1e30, 1.0] * 2 + [1.0] * 16])
+    torch.testing.assert_close(kernels.silu_mul(gate_up), TorchOps().silu_mul(gate_up))
+
+
 @pytest.mark.parametrize("host_blocks", [0, 60], ids=["recompute", "swap"])
 def test_the_engine_gives_the_same_tokens_with_it(kernels: Kernels, host_blocks: int, tmp_path: Path) -> None:
     model = load_model(ModelSpec("tiny", "float32", seed=0), cache_dir=tmp_path)
     requests = conversation(12)
     setting = Setting(blocks=34, host_blocks=host_blocks)
     plain = run_real(setting, model, requests)
+    model.decoder.ops = kernels
     executor = TorchExecutor(
         model, blocks=34, block_size=4, host_blocks=host_blocks, attention=NativeAttention(kernels)
     )
