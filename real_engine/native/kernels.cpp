@@ -63,16 +63,21 @@ inline void put(bf16 *p, float f) {
 inline vec all(float x) { return x - vec{}; }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
+// Both fold a vector in half four times; element by element they would cost as much as the attention itself.
 inline float sum(vec v) {
-    float s = 0;
-    for (int i = 0; i < W; i++) s += v[i];
-    return s;
+    v += __builtin_shuffle(v, ivec{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, ivec{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    v += __builtin_shuffle(v, ivec{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    v += __builtin_shuffle(v, ivec{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return v[0];
 }
 
 inline float largest(vec v) {
-    float m = v[0];
-    for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
-    return m;
+    v = larger(v, __builtin_shuffle(v, ivec{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+    v = larger(v, __builtin_shuffle(v, ivec{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+    v = larger(v, __builtin_shuffle(v, ivec{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+    v = larger(v, __builtin_shuffle(v, ivec{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+    return v[0];
 }
 
 // e^x for x <= 0 (a softmax never needs more), relative error 2e-7: x = n ln 2 + r, a polynomial in r, 2^n by bits.
@@ -128,68 +133,117 @@ struct Paged {
     }
 };
 
-// One query token of one sequence, the query heads of one KV head together. D = dim / W.
-template <typename T, int D, int G>
-void decode(const Paged<T> &a, int sequence, int kv_head) {
-    const int row = a.starts[sequence], length = a.lengths[sequence];
-    const int32_t *blocks = a.table + sequence * a.table_stride;
-    const T *q = a.q + row * a.q_stride + int64_t(kv_head) * G * a.dim;
+// One query token: the query heads of one KV head, and what they have gathered so far. D = dim / W.
+template <int D, int G>
+struct Reader {
     vec query[G][D], acc[G][D];
     float most[G], total[G];
-    for (int g = 0; g < G; g++) {
-        most[g] = -std::numeric_limits<float>::infinity();
-        total[g] = 0;
-        for (int d = 0; d < D; d++) query[g][d] = load(q + g * a.dim + d * W) * a.scale, acc[g][d] = vec{};
+};
+
+constexpr int LINE = 64;  // bytes; prefetching is a macro, because gcc 12 drops a function that does nothing else
+#define PREFETCH(p, bytes) \
+    for (size_t line_ = 0; line_ < (bytes); line_ += LINE) __builtin_prefetch((const char *)(p) + line_)
+
+// One query token of one sequence with KV heads `from_head .. to_head`. Heads are the inner loop, so that each block is
+// read once and in order; what follows it is fetched meanwhile.
+template <typename T, int D, int G>
+void decode(const Paged<T> &a, int sequence, int from_head, int to_head) {
+    const int row = a.starts[sequence], length = a.lengths[sequence];
+    const int32_t *blocks = a.table + sequence * a.table_stride;
+    thread_local std::vector<vec> memory;  // vectors, for their alignment
+    constexpr size_t each = (sizeof(Reader<D, G>) + sizeof(vec) - 1) / sizeof(vec);
+    memory.resize(each * (to_head - from_head));
+    const auto reader = [&](int head) { return (Reader<D, G> *)(memory.data() + each * (head - from_head)); };
+    for (int head = from_head; head < to_head; head++) {
+        const T *q = a.q + row * a.q_stride + int64_t(head) * G * a.dim;
+        Reader<D, G> &r = *reader(head);
+        for (int g = 0; g < G; g++) {
+            r.most[g] = -std::numeric_limits<float>::infinity();
+            r.total[g] = 0;
+            for (int d = 0; d < D; d++) r.query[g][d] = load(q + g * a.dim + d * W) * a.scale, r.acc[g][d] = vec{};
+        }
     }
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const size_t wide = size_t(to_head - from_head) * a.dim * sizeof(T);
     int64_t offset[W];
     for (int from = 0; from < length; from += W) {
         const int count = length - from < W ? length - from : W;
-        for (int t = 0; t < W; t++) offset[t] = t < count ? a.at(blocks, from + t, kv_head) : offset[0];
-        vec partial[G][W];
         for (int t = 0; t < W; t++) {
-            const T *key = a.keys + offset[t];
-            for (int g = 0; g < G; g++) partial[g][t] = vec{};
-            for (int d = 0; d < D; d++) {
-                const vec k = load(key + d * W);
-                for (int g = 0; g < G; g++) partial[g][t] += query[g][d] * k;
+            offset[t] = t < count ? a.at(blocks, from + t, from_head) : offset[0];
+            if (from + W + t < length) {
+                const int64_t next = a.at(blocks, from + W + t, from_head);
+                PREFETCH(a.keys + next, wide);
+                PREFETCH(a.values + next, wide);
             }
         }
-        vec weight[G];
-        for (int g = 0; g < G; g++) {
-            vec score = sums(partial[g]);
-            score = lane < count ? score : all(-std::numeric_limits<float>::infinity());
-            const float top = largest(score);
-            if (top > most[g]) {
-                const float shrink = std::exp(most[g] - top);
-                for (int d = 0; d < D; d++) acc[g][d] *= shrink;
-                total[g] *= shrink;
-                most[g] = top;
+        for (int head = from_head; head < to_head; head++) {
+            Reader<D, G> &r = *reader(head);
+            const int64_t shift = int64_t(head - from_head) * a.dim;
+            vec partial[G][W];
+            for (int t = 0; t < W; t++) {
+                const T *key = a.keys + offset[t] + shift;
+                for (int g = 0; g < G; g++) partial[g][t] = vec{};
+                for (int d = 0; d < D; d++) {
+                    const vec k = load(key + d * W);
+                    for (int g = 0; g < G; g++) partial[g][t] += r.query[g][d] * k;
+                }
             }
-            weight[g] = exp_negative(score - most[g]);
-            weight[g] = lane < count ? weight[g] : vec{};
-            total[g] += sum(weight[g]);
-        }
-        for (int t = 0; t < count; t++) {
-            const T *value = a.values + offset[t];
-            for (int d = 0; d < D; d++) {
-                const vec v = load(value + d * W);
-                for (int g = 0; g < G; g++) acc[g][d] += weight[g][t] * v;
+            float weight[G][W];
+            for (int g = 0; g < G; g++) {
+                vec score = sums(partial[g]);
+                score = lane < count ? score : all(-std::numeric_limits<float>::infinity());
+                const float top = largest(score);
+                if (top > r.most[g]) {
+                    const float shrink = std::exp(r.most[g] - top);
+                    for (int d = 0; d < D; d++) r.acc[g][d] *= shrink;
+                    r.total[g] *= shrink;
+                    r.most[g] = top;
+                }
+                vec w = exp_negative(score - r.most[g]);
+                w = lane < count ? w : vec{};
+                r.total[g] += sum(w);
+                store(weight[g], w);
+            }
+            for (int t = 0; t < count; t++) {
+                const T *value = a.values + offset[t] + shift;
+                for (int d = 0; d < D; d++) {
+                    const vec v = load(value + d * W);
+                    for (int g = 0; g < G; g++) r.acc[g][d] += weight[g][t] * v;
+                }
             }
         }
     }
-    T *out = a.out + (int64_t(row) * a.heads + kv_head * G) * a.dim;
-    for (int g = 0; g < G; g++)
-        for (int d = 0; d < D; d++) store(out + g * a.dim + d * W, acc[g][d] / total[g]);
+    for (int head = from_head; head < to_head; head++) {
+        const Reader<D, G> &r = *reader(head);
+        T *out = a.out + (int64_t(row) * a.heads + head * G) * a.dim;
+        for (int g = 0; g < G; g++)
+            for (int d = 0; d < D; d++) store(out + g * a.dim + d * W, r.acc[g][d] / r.total[g]);
+    }
 }
 
 // A tile of query tokens of one sequence, one KV head: keys are widened and transposed once for the whole tile.
-// Scores come out as [rows, 16 tokens] without a horizontal sum, R rows at a time.
-constexpr int TILE = 16;  // query tokens
+// Scores come out as [rows, 16 tokens], six rows at a time, without a horizontal sum.
+constexpr int TILE = 32;  // query tokens
 
-template <typename T>
+// acc += weight x value for R rows: weight [R, W], value [W, D * W].
+template <int R>
+inline void gather(float *acc, const float *weight, const float *value, int D, int count) {
+    const int dim = D * W;
+    for (int d = 0; d < D; d++) {
+        vec o[R];
+        for (int r = 0; r < R; r++) o[r] = load(acc + r * dim + d * W);
+#pragma GCC unroll 4
+        for (int t = 0; t < count; t++) {
+            const vec v = load(value + t * dim + d * W);
+            for (int r = 0; r < R; r++) o[r] += v * weight[r * W + t];
+        }
+        for (int r = 0; r < R; r++) store(acc + r * dim + d * W, o[r]);
+    }
+}
+
+template <typename T, int KNOWN>
 void prefill(const Paged<T> &a, int sequence, int kv_head, int first, int rows_q) {
-    const int dim = a.dim, group = a.heads / a.kv_heads, D = dim / W;
+    const int D = KNOWN ? KNOWN : a.dim / W, dim = D * W, group = a.heads / a.kv_heads;
     const int begin = a.starts[sequence], length = a.lengths[sequence];
     const int before = length - (a.starts[sequence + 1] - begin);  // tokens of the sequence before this step's
     const int32_t *blocks = a.table + sequence * a.table_stride;
@@ -228,6 +282,7 @@ void prefill(const Paged<T> &a, int sequence, int kv_head, int first, int rows_q
             const int n = rows - r0 < 6 ? rows - r0 : 6;
             vec score[6] = {};
             if (n == 6) {
+#pragma GCC unroll 4
                 for (int d = 0; d < dim; d++) {
                     const vec k = load(key + d * W);
                     for (int r = 0; r < 6; r++) score[r] += k * query[(r0 + r) * dim + d];
@@ -258,18 +313,9 @@ void prefill(const Paged<T> &a, int sequence, int kv_head, int first, int rows_q
                 store(weight + row * W, w);
             }
         }
-        for (int r0 = 0; r0 < rows; r0 += 4) {
-            const int n = rows - r0 < 4 ? rows - r0 : 4;
-            for (int d = 0; d < D; d++) {
-                vec o[4];
-                for (int r = 0; r < n; r++) o[r] = load(acc + (r0 + r) * dim + d * W);
-                for (int t = 0; t < count; t++) {
-                    const vec v = load(value + t * dim + d * W);
-                    for (int r = 0; r < n; r++) o[r] += v * weight[(r0 + r) * W + t];
-                }
-                for (int r = 0; r < n; r++) store(acc + (r0 + r) * dim + d * W, o[r]);
-            }
-        }
+        int r0 = 0;
+        for (; r0 + 4 <= rows; r0 += 4) gather<4>(acc + r0 * dim, weight + r0 * W, value, D, count);
+        for (; r0 < rows; r0++) gather<1>(acc + r0 * dim, weight + r0 * W, value, D, count);
     }
     for (int r = 0; r < rows; r++) {
         T *out = a.out + (int64_t(begin + first + r / group) * a.heads + kv_head * group + r % group) * dim;
@@ -278,37 +324,46 @@ void prefill(const Paged<T> &a, int sequence, int kv_head, int first, int rows_q
 }
 
 template <typename T>
-void decode_any(const Paged<T> &a, int sequence, int kv_head) {
+void decode_any(const Paged<T> &a, int sequence, int from_head, int to_head) {
     const int D = a.dim / W, G = a.heads / a.kv_heads;
-    if (D == 4 && G == 1) return decode<T, 4, 1>(a, sequence, kv_head);
-    if (D == 4 && G == 2) return decode<T, 4, 2>(a, sequence, kv_head);
-    if (D == 4 && G == 3) return decode<T, 4, 3>(a, sequence, kv_head);
-    if (D == 4 && G == 4) return decode<T, 4, 4>(a, sequence, kv_head);
-    if (D == 8 && G == 1) return decode<T, 8, 1>(a, sequence, kv_head);
-    if (D == 8 && G == 2) return decode<T, 8, 2>(a, sequence, kv_head);
-    prefill(a, sequence, kv_head, 0, 1);
+    if (D == 4 && G == 1) return decode<T, 4, 1>(a, sequence, from_head, to_head);
+    if (D == 4 && G == 2) return decode<T, 4, 2>(a, sequence, from_head, to_head);
+    if (D == 4 && G == 3) return decode<T, 4, 3>(a, sequence, from_head, to_head);
+    if (D == 4 && G == 4) return decode<T, 4, 4>(a, sequence, from_head, to_head);
+    if (D == 8 && G == 1) return decode<T, 8, 1>(a, sequence, from_head, to_head);
+    if (D == 8 && G == 2) return decode<T, 8, 2>(a, sequence, from_head, to_head);
+    for (int head = from_head; head < to_head; head++) prefill<T, 0>(a, sequence, head, 0, 1);
 }
 
 template <typename T>
 void attend(const Paged<T> &a, int sequences, int threads) {
     struct Task {
-        int sequence, first, rows;
+        int sequence, first, rows, from_head, to_head;
     };
-    std::vector<Task> tasks;  // long ones first, so that no thread is left with one at the end
+    std::vector<Task> tasks;  // chunks first, so that no thread is left with a long one at the end
+    int decodes = 0;
+    for (int s = 0; s < sequences; s++) {
+        const int n = a.starts[s + 1] - a.starts[s];
+        decodes += n == 1;
+        for (int first = 0; n > 1 && first < n; first += TILE)
+            for (int head = 0; head < a.kv_heads; head++)
+                tasks.push_back({s, first, n - first < TILE ? n - first : TILE, head, head + 1});
+    }
+    // With decodes enough for all threads, one task reads all heads of a sequence; else the heads are shared out.
+    const int heads = decodes >= 4 * threads ? a.kv_heads : 1;
     for (int s = 0; s < sequences; s++)
-        for (int n = a.starts[s + 1] - a.starts[s], first = 0; n > 1 && first < n; first += TILE)
-            tasks.push_back({s, first, n - first < TILE ? n - first : TILE});
-    for (int s = 0; s < sequences; s++)
-        if (a.starts[s + 1] - a.starts[s] == 1) tasks.push_back({s, 0, 1});
-    const int count = int(tasks.size()) * a.kv_heads;
+        for (int head = 0; a.starts[s + 1] - a.starts[s] == 1 && head < a.kv_heads; head += heads)
+            tasks.push_back({s, 0, 1, head, head + heads});
+    const int count = int(tasks.size());
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > 1)
     for (int i = 0; i < count; i++) {
-        const Task &task = tasks[i / a.kv_heads];
-        const int head = i % a.kv_heads;
+        const Task &task = tasks[i];
         if (a.starts[task.sequence + 1] - a.starts[task.sequence] == 1)
-            decode_any(a, task.sequence, head);
+            decode_any(a, task.sequence, task.from_head, task.to_head);
+        else if (a.dim == 4 * W)
+            prefill<T, 4>(a, task.sequence, task.from_head, task.first, task.rows);
         else
-            prefill(a, task.sequence, head, task.first, task.rows);
+            prefill<T, 0>(a, task.sequence, task.from_head, task.first, task.rows);
     }
 }
 

@@ -23,7 +23,16 @@ from torch import Tensor
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+)
 TIMEOUT_S = 180
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
