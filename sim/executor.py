@@ -36,11 +36,11 @@ class SimExecutor:
         return self._timing.commit_ns
 
     def execute(self, plan: StepPlan) -> StepResult:
+        for name in plan.released:  # before what is new, which may reuse a name
+            self._unforced.pop(name, None)
         for request in plan.new:
             if request.output_len is None:
                 self._unforced[request.id] = request
-        for name in plan.released:
-            self._unforced.pop(name, None)
         if self._unforced:
             tokens = tuple(
                 self._token(work.request, work.start + work.tokens) for work in plan.work if work.samples

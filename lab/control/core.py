@@ -39,6 +39,10 @@ IDLE_STEPS_ALLOWED = 1000
 """Steps in a row without any work before the policy is held to be going in circles."""
 
 
+MOST_FORESEEN = 1 << 40
+"""Output tokens that a length predictor may foresee: more is a mistake, and beyond what floats can sum."""
+
+
 @dataclass(frozen=True, slots=True)
 class Emission:
     """One generated token on its way out; `finished` says why it was the last one, if it was."""
@@ -248,7 +252,10 @@ class EngineCore:
         return bool(self._paused)
 
     def interrupt(self, now: int) -> None:
-        """The run ends here: record every request that is still in the engine as unfinished."""
+        """The run ends here: record every request that is still in the engine as unfinished.
+
+        The core is of no use afterwards.
+        """
         for live in list(self._requests.values()):
             self._observer.on_request(live.record("unfinished", "interrupted", max(now, live.phase_start)))
         self._in_flight = None
@@ -487,10 +494,10 @@ class EngineCore:
         if self._predictor is None:
             return request.output_limit
         foreseen = self._predicting(self._predictor.predict, request, now)
-        if not isinstance(foreseen, int) or foreseen < 1:
+        if not isinstance(foreseen, int) or not 1 <= foreseen <= MOST_FORESEEN:
             raise PolicyError(
                 f"length predictor '{type(self._predictor).__name__}' foresaw {foreseen!r} tokens for request "
-                f"'{request.id}'; expected an integer, at least 1"
+                f"'{request.id}'; expected an integer from 1 to {MOST_FORESEEN}"
             )
         return foreseen
 

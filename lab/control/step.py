@@ -323,7 +323,9 @@ class StepBuilder:
                 live.blocks.append(pool.take(now))
             return
         full = tokens // size
-        knowable = min(wanted, live.known // size)
+        # What comes back from the host may end within a block: a cached block with all of that content must not be
+        # taken for it, since the copy would overwrite its end.
+        knowable = min(wanted, full if live.host else live.known // size)
         keys = live.chain.upto(knowable) if knowable > live.published else live.chain.keys
         while len(live.blocks) < wanted:
             depth = len(live.blocks)

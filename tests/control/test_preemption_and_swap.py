@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lab.control.core import EngineCore
 from lab.control.plan import StepPlan
 from lab.errors import PolicyError
-from lab.policy import How, PreemptionPolicy, RequestView, Step
+from lab.policy import How, PreemptionPolicy, RequestView, SchedulingPolicy, Step
 from policies.preemption.cost_benefit import CostBenefit
 from policies.preemption.largest_kv import LargestKv
 from policies.preemption.last import Last
@@ -96,6 +96,39 @@ def test_what_comes_back_is_what_was_parked_block_by_block() -> None:
                 device[tables[work.request][position // 16]] = (work.request, position // 16)
         for name in plan.released:
             tables.pop(name, None)
+
+
+class Scripted(SchedulingPolicy):
+    """Does what the test says next."""
+
+    def __init__(self) -> None:
+        self.then: Callable[[Step], object] = lambda step: None
+
+    def schedule(self, step: Step) -> None:
+        self.then(step)
+
+
+def test_what_comes_back_never_overwrites_the_end_of_a_block_that_others_can_find() -> None:
+    script = Scripted()
+    core, _ = engine(script, blocks=16, block_size=4, token_budget=16, capacity={"host_blocks": 8})
+    text = list(range(9))
+
+    def play(then: Callable[[Step], object]) -> StepPlan:
+        script.then = then
+        return step(core)
+
+    core.add(request("a", text[:8], output=2), 0)
+    play(lambda s: s.run("a", 5))
+    play(lambda s: s.preempt("a", "swap"))  # its second block holds one token of four
+    core.add(request("b", text[:8], output=1), 0)
+    play(lambda s: s.run("b"))  # leaves all of that block's content in the cache
+    core.add(request("c", text, output=1), 0)
+    plan = play(lambda s: (s.run("a", 1), s.run("c")))
+    back = {device for move in plan.swap_in for device, _ in move.pairs}
+    used = next(work.blocks for work in plan.work if work.request == "c")
+    assert back
+    assert not back & set(used)
+    core.check()
 
 
 def test_without_room_in_host_memory_swapping_becomes_recomputing() -> None:
