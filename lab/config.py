@@ -71,8 +71,13 @@ class EngineConfig:
     chunk: int | None = option(None, "most prefill tokens of one request in one step; null: the budget alone")
     threads: int | None = option(None, "CPU threads of the real engine; null: torch's own choice")
     attention: str = option(
-        "auto", "real engine's attention: native (own kernels), torch; auto: what there is"
+        "auto", "real engine's attention: native (own CPU kernels), flash (CUDA), torch; auto: what there is"
     )
+    device: str = option("auto", "where the real engine computes: cpu, cuda; auto: cuda where there is some")
+    memory_utilization: float = option(
+        0.9, "share of a CUDA device's memory that is used when kv.blocks is null"
+    )
+    cuda_graphs: bool = option(True, "record decode steps as CUDA graphs, where attention allows it")
 
 
 @dataclass
@@ -241,7 +246,8 @@ COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
 )
 DTYPES = ("bfloat16", "float32")
 OUTPUT_LENGTHS = ("forced", "stop")
-ATTENTION = ("auto", "native", "torch")
+ATTENTION = ("auto", "native", "flash", "torch")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def backends() -> list[str]:
@@ -329,6 +335,11 @@ def validate(cfg: Config) -> None:
     _one_of("output_lengths", cfg.output_lengths, OUTPUT_LENGTHS)
     _one_of("model.dtype", cfg.model.dtype, DTYPES)
     _one_of("engine.attention", cfg.engine.attention, ATTENTION)
+    _one_of("engine.device", cfg.engine.device, DEVICES)
+    if not 0 < cfg.engine.memory_utilization <= 1:
+        raise ConfigError(
+            f"engine.memory_utilization is {cfg.engine.memory_utilization}; expected above 0, at most 1."
+        )
     _one_of("cost", cfg.cost.name, list(COSTS))
     _at_least("seed", cfg.seed, 0)
     _at_least("engine.token_budget", cfg.engine.token_budget, 1)

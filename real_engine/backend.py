@@ -46,11 +46,13 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         raise ModelError(
             "the real engine needs torch, which isn't installed: pip install 'diptych[engine]' (or backend=sim)"
         )
+    from real_engine.device import choose
     from real_engine.executor import TorchExecutor
     from real_engine.models.loading import load_model
     from real_engine.models.spec import ModelSpec
 
-    spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads)
+    where = choose(cfg.engine.device).type
+    spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads, device=where)
     model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
     executor = TorchExecutor(
         model,
@@ -71,6 +73,8 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
     from real_engine.native import library
 
     if cfg.engine.attention == "torch":
+        return TorchAttention()
+    if model.decoder.device.type != "cpu":
         return TorchAttention()
     shape = KvShape.of(model.config, model.dtype, cfg.kv.block_size)
     why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"

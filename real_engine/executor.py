@@ -16,6 +16,7 @@ from lab.control.executor import Capacity
 from lab.control.plan import StepPlan, StepResult
 from lab.control.request import RequestId
 from lab.errors import ExecutorError
+from real_engine import device
 from real_engine.attention.backend import AttentionBackend
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape
@@ -64,8 +65,9 @@ class TorchExecutor:
         self.logits: dict[RequestId, Tensor] = {}
         self._keep_logits = keep_logits
         self._model = model
-        self._memory = KvMemory(shape, blocks)
-        self._host = KvMemory(shape, host_blocks) if host_blocks else None
+        self._device = model.decoder.device
+        self._memory = KvMemory(shape, blocks, self._device)
+        self._host = KvMemory(shape, host_blocks, pinned=self._device.type == "cuda") if host_blocks else None
         self._sequences = Sequences(
             blocks=blocks,
             block_size=block_size,
@@ -80,8 +82,9 @@ class TorchExecutor:
         return {
             "model": self._model.spec.name,
             "dtype": self._model.spec.dtype,
+            "device": device.describe(self._device),
             "attention": self._attention.name,
-            "linear": "onednn-packed" if packed_available() else "torch",
+            "linear": "onednn-packed" if packed_available() and self._device.type == "cpu" else "torch",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "kv_bytes": self._memory.nbytes,
@@ -103,6 +106,7 @@ class TorchExecutor:
             attention = self._attention.prepare(batch, self._memory)
             prepared = perf_counter_ns()
             logits = self._model.decoder.forward(batch, attention)
+            device.synchronize(self._device)
             forwarded = perf_counter_ns()
             tokens, logprobs = sample(logits, names, params, positions)
         for row, (name, token) in enumerate(zip(names, tokens, strict=True)):
@@ -126,6 +130,7 @@ class TorchExecutor:
         back = [(host, device) for move in plan.swap_in for device, host in move.pairs]
         self._host.copy(self._memory, out)
         self._memory.copy(self._host, back)
+        device.synchronize(self._device)
         return perf_counter_ns() - started
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lab.errors import ExecutorError
+from real_engine.device import available_memory as device_memory
 from real_engine.models.config import DecoderConfig
 
 _GIB = 1 << 30
@@ -46,21 +47,31 @@ class KvShape:
 class KvMemory:
     """Keys and values of all layers. `keys[layer]` is `[blocks, block_size, kv_heads, head_dim]`."""
 
-    def __init__(self, shape: KvShape, blocks: int) -> None:
-        """Allocate. Raises `ExecutorError`, saying how many blocks would fit."""
+    def __init__(
+        self, shape: KvShape, blocks: int, device: torch.device | None = None, *, pinned: bool = False
+    ) -> None:
+        """Allocate, on the CPU if no device is given; `pinned` memory of the host can be copied to and from a CUDA
+        device while both go on. Raises `ExecutorError`, saying how many blocks would fit."""
         if blocks < 1 or shape.block_size < 1:
             raise ExecutorError(
                 f"the KV cache is to have {blocks} blocks of {shape.block_size} tokens; expected at least 1 of each"
             )
         self.shape, self.blocks = shape, blocks
-        needed, available = blocks * shape.block_bytes, available_memory()
+        self.device = device or torch.device("cpu")
+        free = available_memory() if self.device.type == "cpu" else device_memory(self.device)
+        needed, available = blocks * shape.block_bytes, free
         if available is not None and needed > available:
             raise _too_large(shape, blocks, available)
         size = (blocks, shape.block_size, shape.kv_heads, shape.head_dim)
         try:
             # Zeros and not just memory: a masked position has weight 0, and 0 times a NaN left there is NaN.
-            self.keys: list[Tensor] = [torch.zeros(size, dtype=shape.dtype) for _ in range(shape.layers)]
-            self.values: list[Tensor] = [torch.zeros(size, dtype=shape.dtype) for _ in range(shape.layers)]
+            self.keys, self.values = (
+                [
+                    torch.zeros(size, dtype=shape.dtype, device=self.device, pin_memory=pinned)
+                    for _ in range(shape.layers)
+                ]
+                for _ in range(2)
+            )
         except (RuntimeError, MemoryError) as error:
             self.free()
             raise _too_large(shape, blocks, available) from error
@@ -73,13 +84,38 @@ class KvMemory:
         """Copy whole blocks of all layers from another memory of the same shape: (its block, block of this)."""
         if not pairs:
             return
-        theirs, ours = (torch.tensor(blocks) for blocks in zip(*pairs, strict=True))
+        if self.device != source.device:
+            copy_runs((*self.keys, *self.values), (*source.keys, *source.values), pairs)
+            return
+        theirs, ours = (torch.tensor(blocks, device=self.device) for blocks in zip(*pairs, strict=True))
         for mine, other in zip((*self.keys, *self.values), (*source.keys, *source.values), strict=True):
             mine[ours] = other[theirs]
 
     def free(self) -> None:
         """Give the memory back; the cache can't be used afterwards. May be called twice."""
         self.keys, self.values = [], []
+
+
+def copy_runs(ours: Sequence[Tensor], theirs: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy blocks between devices, (their block, our block), each run of neighbours at once.
+
+    Indexing would gather them into memory that isn't pinned, and read that before it is there. A copy has been done
+    when the device is synchronised.
+    """
+    for first, last, place in runs(pairs):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine[place : place + last - first].copy_(other[first:last], non_blocking=True)
+
+
+def runs(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Pairs of blocks that are neighbours on both sides put together: (first, end, first of ours)."""
+    found: list[tuple[int, int, int]] = []
+    for theirs, ours in pairs:
+        if found and found[-1][1] == theirs and found[-1][2] + theirs - found[-1][0] == ours:
+            found[-1] = (found[-1][0], theirs + 1, found[-1][2])
+        else:
+            found.append((theirs, theirs + 1, ours))
+    return found
 
 
 def available_memory() -> int | None:

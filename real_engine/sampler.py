@@ -69,7 +69,7 @@ def distribution(logits: Tensor, params: SamplingParams) -> tuple[Floats, Ids]:
     top-k keeps the k likeliest tokens; top-p the smallest set of the likeliest of those whose share reaches
     `top_p`; min-p those at least `min_p` times as likely as the likeliest. Ties go to the lower id.
     """
-    values = logits.numpy().astype(np.float64)
+    values = logits.cpu().numpy().astype(np.float64)
     weights = np.exp((values - values.max()) / params.temperature)  # the likeliest weighs 1
     ids: Ids = np.arange(len(values))
     if 0 < params.top_k < len(ids):

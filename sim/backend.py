@@ -143,6 +143,8 @@ def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
         "engine": [cfg.engine.token_budget, cfg.engine.max_seqs],
         "kv": [cfg.kv.block_size],
     }
+    if cfg.engine.device != "auto":
+        key["device"] = cfg.engine.device
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
     name = "".join(c if c.isalnum() else "-" for c in Path(cfg.model.name).name)
     return cache_dir(cfg, environment) / "calibration" / f"{name}-{cfg.model.dtype}-{digest}.json"

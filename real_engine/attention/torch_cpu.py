@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from real_engine.attention.backend import IntArray, PackedBatch
+from real_engine.device import upload
 from real_engine.kv_memory import KvMemory
 from real_engine.models.rope import RopeTable, rotate
 
@@ -48,7 +49,7 @@ class _Chunk:
 
 
 class TorchAttention:
-    """Implements `AttentionBackend` for CPU tensors, any block size."""
+    """Implements `AttentionBackend` on any device, any block size."""
 
     name = "torch-gather-sdpa"
     block_size_multiple = 1
@@ -62,8 +63,8 @@ class TorchPrepared:
 
     def __init__(self, batch: PackedBatch, memory: KvMemory) -> None:
         self._memory = memory
-        self._slots = torch.from_numpy(batch.slot_mapping)
-        self._positions = torch.from_numpy(batch.positions)
+        device = memory.device
+        self._slots, self._positions = upload(device, batch.slot_mapping, batch.positions)
         self._rotation: tuple[Tensor, Tensor] | None = None
         size, dtype = memory.shape.block_size, memory.shape.dtype
         first, counts = batch.cu_seqlens_q[:-1], np.diff(batch.cu_seqlens_q)
@@ -71,10 +72,11 @@ class TorchPrepared:
         # Longest first, so that groups are runs of similar length.
         single = single[np.argsort(-batch.seqlens_k[single], kind="stable")]
         self._rows = [
-            _make_rows(group, batch, size, dtype) for group in _groups(single, batch.seqlens_k[single])
+            _make_rows(group, batch, size, dtype, device)
+            for group in _groups(single, batch.seqlens_k[single])
         ]
         self._chunks = [
-            _make_chunk(int(i), int(first[i]), int(counts[i]), batch, size, dtype)
+            _make_chunk(int(i), int(first[i]), int(counts[i]), batch, size, dtype, device)
             for i in np.flatnonzero(counts != 1)
         ]
 
@@ -135,7 +137,9 @@ def _groups(single: IntArray, lengths: IntArray) -> list[IntArray]:
     return _groups(single[:cut], lengths[:cut]) + _groups(single[cut:], lengths[cut:])
 
 
-def _make_rows(group: IntArray, batch: PackedBatch, size: int, dtype: torch.dtype) -> _Rows:
+def _make_rows(
+    group: IntArray, batch: PackedBatch, size: int, dtype: torch.dtype, device: torch.device
+) -> _Rows:
     lengths = batch.seqlens_k[group]
     rows = batch.cu_seqlens_q[group].astype(np.int64)
     everything = len(group) == len(batch.token_ids)
@@ -147,17 +151,28 @@ def _make_rows(group: IntArray, batch: PackedBatch, size: int, dtype: torch.dtyp
     each = -(-longest // size)
     mask: Tensor | None = None
     if int(lengths.min()) < each * size:
-        valid = torch.from_numpy(np.arange(each * size) < lengths[:, None])
-        mask = torch.zeros(valid.shape, dtype=dtype).masked_fill_(~valid, float("-inf"))[:, None, None, :]
-    blocks = torch.from_numpy(batch.block_table[group, :each].astype(np.int64).ravel())
-    return _Rows(None if everything else torch.from_numpy(rows), blocks, mask, len(group))
+        (hidden,) = upload(device, np.arange(each * size) >= lengths[:, None])
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        mask = mask[:, None, None, :]
+    blocks, places = upload(device, batch.block_table[group, :each].astype(np.int64).ravel(), rows)
+    return _Rows(None if everything else places, blocks, mask, len(group))
 
 
-def _make_chunk(i: int, first: int, tokens: int, batch: PackedBatch, size: int, dtype: torch.dtype) -> _Chunk:
+def _make_chunk(
+    i: int,
+    first: int,
+    tokens: int,
+    batch: PackedBatch,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Chunk:
     context = int(batch.seqlens_k[i])
-    blocks = torch.from_numpy(batch.block_table[i, : -(-context // size)].astype(np.int64))
+    (blocks,) = upload(device, batch.block_table[i, : -(-context // size)].astype(np.int64))
     mask: Tensor | None = None
     if tokens < context:
         # Row r stands at position context - tokens + r and sees everything up to itself.
-        mask = torch.full((tokens, context), float("-inf"), dtype=dtype).triu_(context - tokens + 1)
+        mask = torch.full((tokens, context), float("-inf"), dtype=dtype, device=device).triu_(
+            context - tokens + 1
+        )
     return _Chunk(first, first + tokens, blocks, mask, context)

@@ -14,11 +14,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from real_engine.attention.backend import PackedBatch, PreparedAttention
+from real_engine.device import upload
 from real_engine.models.config import DecoderConfig
 from real_engine.models.linear import Linear
 from real_engine.models.ops import Ops, TorchOps
 from real_engine.models.rope import RopeTable
 from real_engine.models.weights import Weights
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,11 @@ class _Layer:
 class Decoder:
     """Weights in memory, ready to compute. Made under `torch.inference_mode`; holds no state between steps."""
 
-    def __init__(self, config: DecoderConfig, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
         """Raises `ModelError` for a tensor that is missing or of another shape."""
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.device = config, dtype, device
         self.ops: Ops = TorchOps()
         """What lies between the matrix products; may be replaced by a faster one."""
         self._weights = weights
@@ -52,14 +57,20 @@ class Decoder:
             else self._take("lm_head.weight", c.vocab_size, c.hidden_size)
         )
         self._head = Linear(head)
-        self._rope = RopeTable(c.rope, c.head_dim, c.max_context, dtype)
+        self._rope = RopeTable(c.rope, c.head_dim, c.max_context, dtype, device)
         del self._weights
 
     def forward(self, batch: PackedBatch, attention: PreparedAttention) -> Tensor:
         """Float32 logits of the rows that sample, `[rows, vocab_size]`; keys and values go into the cache."""
+        token_ids, rows = upload(self.device, batch.token_ids, batch.sample_rows)
+        return self.logits(*self.hidden(token_ids, attention), rows)
+
+    def hidden(self, token_ids: Tensor, attention: PreparedAttention) -> tuple[Tensor, Tensor | None]:
+        """All layers over the tokens, int64 `[tokens]`: the residual stream and what the last layer adds to it,
+        both `[tokens, hidden]`. Reads nothing on the host, so that a device can record it."""
         c, ops = self.config, self.ops
         rotated = c.heads + c.kv_heads
-        x = self._embedding[torch.from_numpy(batch.token_ids)]  # [tokens, hidden]
+        x = self._embedding[token_ids]  # [tokens, hidden]
         added: Tensor | None = None
         for number, layer in enumerate(self._layers):
             qkv = layer.qkv(ops.add_norm(x, added, layer.attention_norm, c.norm_eps))
@@ -70,12 +81,15 @@ class Decoder:
             added = layer.output(attention.forward(number, qkv, self._rope))
             gate_up = layer.gate_up(ops.add_norm(x, added, layer.mlp_norm, c.norm_eps))
             added = layer.down(ops.silu_mul(gate_up))
-        rows = torch.from_numpy(batch.sample_rows)
+        return x, added
+
+    def logits(self, x: Tensor, added: Tensor | None, rows: Tensor) -> Tensor:
+        """What `hidden` gave, through the final norm and the head: float32 `[rows, vocab_size]`."""
         last, left = x[rows], None if added is None else added[rows]
-        return self._head(ops.add_norm(last, left, self._norm, c.norm_eps)).float()
+        return self._head(self.ops.add_norm(last, left, self._norm, self.config.norm_eps)).float()
 
     def _take(self, name: str, *shape: int) -> Tensor:
-        return self._weights.take(name, *shape).to(self.dtype)
+        return self._weights.take(name, *shape).to(self.device, self.dtype)
 
     def _layer(self, prefix: str) -> _Layer:
         c = self.config

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lab.errors import ModelError, UnknownNameError
+from real_engine import device
 from real_engine.models import smollm2, tiny
 from real_engine.models.config import DecoderConfig, parse_config, read_config
 from real_engine.models.decoder import Decoder
@@ -77,7 +78,7 @@ def load_model(
         directory = _directory(spec, cache_dir, notify)
         config, weights = read_config(directory), CheckpointWeights(directory)
     with torch.inference_mode():
-        decoder = Decoder(config, weights, _DTYPES[spec.dtype])
+        decoder = Decoder(config, weights, _DTYPES[spec.dtype], device.choose(spec.device))
     return LoadedModel(spec, decoder, directory)
 
 

@@ -28,12 +28,20 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 class RopeTable:
     """Cosines and signed sines of every position, made once: both `[positions, head_dim]`."""
 
-    def __init__(self, rope: Rope, head_dim: int, positions: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rope: Rope,
+        head_dim: int,
+        positions: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        # Computed on the CPU whatever the device: every backend then turns by the same angles.
         half = torch.outer(torch.arange(positions).float(), inverse_frequencies(rope, head_dim))
         cosine, sine = half.cos(), half.sin()
-        self.cos = torch.cat((cosine, cosine), -1).to(dtype)
+        self.cos = torch.cat((cosine, cosine), -1).to(device, dtype)
         # The sign of "rotate half" sits in the table, so that applying it is one roll and two products.
-        self.sin = torch.cat((-sine, sine), -1).to(dtype)
+        self.sin = torch.cat((-sine, sine), -1).to(device, dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, signed sin) of the packed tokens, each `[tokens, 1, head_dim]`; the same for every layer."""

@@ -13,7 +13,7 @@ class ModelSpec:
     `name` is `smollm2`, `tiny`, a local directory or a hub id (`organisation/model`); `path`, if given, is a
     local directory and decides, while `name` only labels. `dtype` is `float32` or `bfloat16`. `seed` draws the
     weights of `tiny`. `threads` is how many CPU threads torch uses in this process from then on (None leaves
-    its own choice).
+    its own choice). `device` is `cpu`, `cuda`, or `auto`: CUDA where there is some.
     """
 
     name: str = "smollm2"
@@ -21,3 +21,4 @@ class ModelSpec:
     seed: int = 0
     path: Path | None = None
     threads: int | None = None
+    device: str = "cpu"
