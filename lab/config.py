@@ -78,6 +78,11 @@ class EngineConfig:
         0.9, "share of a CUDA device's memory that is used when kv.blocks is null"
     )
     cuda_graphs: bool = option(True, "record decode steps as CUDA graphs, where attention allows it")
+    mode: str = option(
+        "stepped",
+        "real engine's time: stepped (measured durations, idle time skipped), online (wall clock), replay",
+    )
+    replay: str | None = option(None, "engine.mode=replay: the recorded run whose plans are executed")
 
 
 @dataclass
@@ -248,6 +253,7 @@ DTYPES = ("bfloat16", "float32")
 OUTPUT_LENGTHS = ("forced", "stop")
 ATTENTION = ("auto", "native", "flash", "torch")
 DEVICES = ("auto", "cpu", "cuda")
+MODES = ("stepped", "online", "replay")
 
 
 def backends() -> list[str]:
@@ -341,6 +347,8 @@ def validate(cfg: Config) -> None:
             f"engine.memory_utilization is {cfg.engine.memory_utilization}; expected above 0, at most 1."
         )
     _one_of("cost", cfg.cost.name, list(COSTS))
+    _one_of("engine.mode", cfg.engine.mode, MODES)
+    _mode(cfg)
     _at_least("seed", cfg.seed, 0)
     _at_least("engine.token_budget", cfg.engine.token_budget, 1)
     _at_least("engine.max_seqs", cfg.engine.max_seqs, 1)
@@ -430,6 +438,25 @@ def _fleet(cfg: Config) -> None:
         raise ConfigError(
             f"routing={cfg.routing.name} would leave all replicas but one idle; expected another, such as "
             "routing=round_robin."
+        )
+
+
+def _mode(cfg: Config) -> None:
+    mode, run = cfg.engine.mode, cfg.engine.replay
+    if mode == "replay" and run is None:
+        raise ConfigError("engine.mode=replay needs the recorded run: engine.replay=RUN.")
+    if mode != "replay" and run is not None:
+        raise ConfigError(
+            f"engine.replay={run} is only read with engine.mode=replay, not engine.mode={mode}."
+        )
+    if mode == "replay" and cfg.backend != "real":
+        raise ConfigError(
+            f"engine.mode=replay executes plans on the real engine alone; backend is {cfg.backend}, expected "
+            "backend=real."
+        )
+    if mode == "online" and cfg.backend not in ("real", "both"):
+        raise ConfigError(
+            f"engine.mode=online is a clock of the real engine; backend is {cfg.backend}, expected real or both."
         )
 
 

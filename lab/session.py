@@ -81,6 +81,8 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
             environment(
                 sys.argv,
                 started=now.isoformat(timespec="seconds"),
+                clock=info.clock,
+                evidence=info.evidence,
                 backend=dict(backend.about),
                 capacity=dataclasses.asdict(backend.capacity),
                 workload=side.source,

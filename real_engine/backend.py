@@ -1,4 +1,4 @@
-"""The real engine as a backend: model, threads, KV memory, stepped clock. Data plane."""
+"""The real engine as a backend: model, threads, KV memory, clock. Data plane."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from lab.assembly import ControlPlane
-from lab.backend import Backend, Progress, kv_blocks
+from lab.backend import Backend, Drive, Progress, kv_blocks
 from lab.config import Config, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request
 from lab.errors import ModelError
 from real_engine.driver import SteppedRun
+from real_engine.online import OnlineRun
 
 if TYPE_CHECKING:
     from real_engine.attention.backend import AttentionBackend
@@ -25,16 +26,19 @@ class RealBackend:
     """Implements `lab.backend.Backend`."""
 
     name: Literal["real"] = "real"
-    clock: Literal["stepped"] = "stepped"
     evidence: Literal["measured"] = "measured"
 
-    def __init__(self, executor: Any, about: Mapping[str, Any], stop_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, executor: Any, about: Mapping[str, Any], stop_ids: tuple[int, ...], *, online: bool = False
+    ) -> None:
         self.executor, self.stop_ids = executor, stop_ids
         self.capacity: Capacity = executor.capacity
         self.about = about
+        self.clock: Literal["stepped", "wall"] = "wall" if online else "stepped"
 
-    def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> SteppedRun:
-        return SteppedRun(control, self.executor, requests, progress)
+    def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Drive:
+        run = OnlineRun if self.clock == "wall" else SteppedRun
+        return run(control, self.executor, requests, progress)
 
     def close(self) -> None:
         self.executor.close()
@@ -62,7 +66,8 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         host_blocks=cfg.kv.host_blocks,
         transfer_gb_s=cfg.kv.transfer_gb_s,
     )
-    return RealBackend(executor, executor.about, model.config.eos_token_ids)
+    online = cfg.engine.mode == "online"
+    return RealBackend(executor, executor.about, model.config.eos_token_ids, online=online)
 
 
 def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBackend:

@@ -36,8 +36,11 @@ class Gateway:
         if type(routing).on_finish is not RoutingPolicy.on_finish:
             self._listeners.append((self._named("routing", routing), routing.on_finish))
 
-    def submit(self, request: Request, now: int) -> Decision:
-        """Admit, route and enqueue; a request that is turned away is recorded as rejected, with the reason."""
+    def submit(self, request: Request, now: int, ingest_lag: int = 0) -> Decision:
+        """Admit, route and enqueue; a request that is turned away is recorded as rejected, with the reason.
+
+        `ingest_lag` is how long after `now`, the arrival, this is called by the wall clock: noted, not acted on.
+        """
         self._fleet.arrived()
         views = self._fleet.views(now)
         who, about = self._named("admission", self._admission), f"request '{request.id}'"
@@ -48,18 +51,20 @@ class Gateway:
         if not isinstance(verdict, Verdict):
             raise PolicyError(f"{who} answered {verdict!r} for {about}; expected a Verdict(admit, reason)")
         if not verdict.admit:
-            return self._turn_away(request, Decision(False, verdict.reason), verdict.reason, now)
+            refused = Decision(False, verdict.reason, ingest_lag=ingest_lag)
+            return self._turn_away(request, refused, verdict.reason, now)
         replica, why = self._route(request, views, now)
         core = self._fleet.ready(replica)
         assert core is not None  # checked by _route
-        decision = Decision(True, verdict.reason, replica, why)
+        decision = Decision(True, verdict.reason, replica, why, ingest_lag)
         try:
             core.add(request, now, decision)
         except RequestRefused as refusal:
             # Both policies had let it pass, and may be counting what is in flight.
             self._tell(request, Ended("rejected", replica, None, now - request.arrival, 0), now)
             reason = f"{refusal.reason} (needs {refusal.needed}, has {refusal.available})"
-            return self._turn_away(request, Decision(False, "never fits", replica, why), reason, now)
+            refused = Decision(False, "never fits", replica, why, ingest_lag)
+            return self._turn_away(request, refused, reason, now)
         return decision
 
     def ended(self, record: RequestRecord, now: int) -> None:

@@ -40,6 +40,9 @@ class Decision:
     admit_reason: str
     replica: int = -1
     route_reason: str = ""
+    ingest_lag: int = 0
+    """Nanoseconds from the arrival until the request was taken in: what a busy loop costs under a wall clock.
+    Times count from the arrival all the same. 0 under a virtual clock."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,11 @@ DECLARED: tuple[Boundary, ...] = (
         path="request",
         emitted_at="lab/control/gateway.py:Gateway.submit",
         doc="The admission policy said whether the request enters, and why. An instant.",
-        attributes=(("lab.admit.admitted", "boolean"), ("lab.admit.reason", "string")),
+        attributes=(
+            ("lab.admit.admitted", "boolean"),
+            ("lab.admit.reason", "string"),
+            ("lab.admit.ingest_lag_ns", "int"),
+        ),
     ),
     Boundary(
         name="request.route",

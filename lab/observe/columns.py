@@ -52,6 +52,7 @@ REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("admitted", "bool", lambda r: r.decision.admitted),
     ("admit_reason", "string", lambda r: r.decision.admit_reason),
     ("route_reason", "string", lambda r: r.decision.route_reason),
+    ("ingest_lag_ns", "int64", lambda r: r.decision.ingest_lag),
     ("prompt_tokens", "int64", lambda r: len(r.request.prompt)),
     ("output_tokens", "int64", lambda r: len(r.token_times)),
     ("cached_tokens", "int64", lambda r: r.cached_tokens),

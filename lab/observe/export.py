@@ -94,7 +94,13 @@ def read_requests(path: Path, workload: Iterable[Request]) -> list[RequestRecord
         RequestRecord(
             request=known[row["id"]],
             seq=row["seq"],
-            decision=Decision(row["admitted"], row["admit_reason"], row["replica"], row["route_reason"]),
+            decision=Decision(
+                row["admitted"],
+                row["admit_reason"],
+                row["replica"],
+                row["route_reason"],
+                row["ingest_lag_ns"],
+            ),
             outcome=row["outcome"],
             reason=row["reason"],
             end=row["end_ns"],

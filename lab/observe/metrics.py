@@ -94,6 +94,9 @@ METRICS: tuple[Metric, ...] = (
            "it was gone", "s"),
     Metric("fleet.most_replicas", "most replicas up at once, those that start or drain included", "replicas"),
     Metric("fleet.cold_starts", "replicas that were started during the run", "replicas"),
+    Metric("ingest.lag_p99_ms", "wall time from the intended arrival until the request was taken in, which is part "
+           f"of every latency above, {_ALL}; null under a virtual clock", "ms"),
+    Metric("ingest.lag_max_ms", "the longest of these", "ms"),
     Metric("steps", "engine iterations", "steps"),
     Metric("duration_s", "from the first arrival to the end of the last request or step, run time", "s",
            {"vllm bench": "duration (from the first send)"}),
@@ -155,6 +158,7 @@ def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = Non
         "swapped_blocks": sum(step.plan.moved_blocks for step in steps),
         "prediction": _prediction(finished),
         "fleet": _fleet(recorded.fleet),
+        "ingest": _ingest([record.decision.ingest_lag for record in requests]),
         "steps": len(steps),
         "duration_s": duration,
         "plan_digest": plan_digest(steps),
@@ -243,6 +247,12 @@ def _prediction(finished: Sequence[RequestRecord]) -> dict[str, float | None]:
 
         tau = float(kendalltau(foreseen, true).statistic)
     return {"kendall_tau": tau if tau == tau else None, "mean_abs_error_tokens": error}
+
+
+def _ingest(lags_ns: Sequence[int]) -> dict[str, float | None]:
+    measured = any(lags_ns)
+    stats = _stats(lags_ns if measured else ())
+    return {"lag_p99_ms": stats["p99"], "lag_max_ms": max(lags_ns) / 1e6 if measured else None}
 
 
 def _fleet(events: Sequence[FleetEvent]) -> dict[str, float]:

@@ -116,7 +116,8 @@ def request_spans(record: RequestRecord, info: RunInfo) -> Iterator[SpanRow]:
     )
     yield root
     parent = root.span_id
-    yield _row(_ADMIT, trace, 0, parent, arrival, arrival, decision.admitted, decision.admit_reason)
+    said = (decision.admitted, decision.admit_reason, decision.ingest_lag)
+    yield _row(_ADMIT, trace, 0, parent, arrival, arrival, *said)
     if decision.replica >= 0:
         yield _row(_ROUTE, trace, 0, parent, arrival, arrival, decision.replica, decision.route_reason)
     visits = {"queue": 0, "prefill": 0, "decode": 0}
