@@ -74,6 +74,8 @@ class ControlPlane:
 
     gateway: Gateway
     fleet: Fleet
+    observer: Observer = field(default_factory=Observer)
+    """Told of everything."""
 
     @property
     def core(self) -> EngineCore:
@@ -119,4 +121,4 @@ def assemble(
     rng = random.Random(stream_of("fleet views", spec.seed))
     fleet = Fleet(make, spec.create("scaling"), spec.fleet, rng=rng, observer=observer)
     gateways.append(Gateway(spec.create("admission"), spec.create("routing"), fleet, observer))
-    return ControlPlane(gateways[0], fleet)
+    return ControlPlane(gateways[0], fleet, observer)

@@ -67,6 +67,10 @@ def guarded(body: Callable[[], int | None]) -> int:
         with interrupts.terminable():
             return body() or 0
     except KeyboardInterrupt:
+        if (
+            getattr(sys.modules.get("__main__"), "__spec__", None) is not None
+        ):  # python -m: we are the program
+            interrupts.deaf()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except DiptychError as error:

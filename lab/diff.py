@@ -32,15 +32,16 @@ def compare(a: Run, b: Run, replay: Path | None = None, *, resimulate: bool = Tr
     """The difference of two runs, with b re-simulated on a's durations where that can be done.
 
     `replay` is where the re-simulated run goes (default: a temporary directory). Where it can't be done, one
-    line on stderr says why and the difference comes without a counterfactual. Partial runs and different
-    workloads aren't re-simulated: the verdict says so.
+    line on stderr says why and the difference comes without a counterfactual. Partial runs, different workloads,
+    and runs that executed recorded plans aren't re-simulated: the verdict says so.
     """
     import tempfile
 
     from lab.analysis.diff import diff
     from lab.analysis.scope import scope
 
-    if not resimulate or not scope(a, b).whole:
+    executed = any(run.config.get("engine", {}).get("mode") == "replay" for run in (a, b))
+    if not resimulate or executed or not scope(a, b).whole:
         return diff(a, b)
     with tempfile.TemporaryDirectory(prefix="diptych-replay-") as temporary:
         again = _resimulated(a, b, replay or Path(temporary) / "replay")

@@ -25,6 +25,7 @@ from lab.errors import DiptychError, RunError
 if TYPE_CHECKING:
     from lab.backend import Backend, OpenBackend
     from lab.control.request import Request
+    from lab.replayed import Job
     from lab.session import Ran
 
 ABOUT = "Run one workload under one policy on the real engine and on the simulator, and compare."
@@ -40,9 +41,9 @@ def experiment(cfg: Config) -> int:
 
         return run_studies(cfg)
     console = Console()
-    requests, source = workload(cfg)
-    config_text = config_yaml(cfg)
-    path = _directory(cfg, config_text)
+    job = _job(cfg)
+    cfg, requests, source, config_text = job.cfg, job.requests, job.source, job.config_text
+    path = _directory(cfg, config_text, job.slug)
     if cfg.backend != "both" and claim.part_of_another(path):
         raise RunError(
             f"'{path}' is one side of an experiment on both backends, and backend={cfg.backend} would replace "
@@ -71,7 +72,7 @@ def experiment(cfg: Config) -> int:
         for backend in opened:
             side = Side(
                 backend=backend,
-                spec=EngineSpec.of(dataclasses.asdict(cfg)),
+                spec=job.spec,
                 requests=_ending(requests, cfg, backend),
                 config_text=config_text,
                 model=cfg.model.name,
@@ -82,6 +83,17 @@ def experiment(cfg: Config) -> int:
         _conclude(cfg, {name: ran.path for name, ran in finished.items()}, path)
     _export(cfg, finished)
     return 0
+
+
+def _job(cfg: Config) -> Job:
+    """What is to be run: the configuration's own workload, or a recorded run again."""
+    from lab.replayed import Job, replayed
+
+    if cfg.engine.mode == "replay":
+        return replayed(cfg)
+    requests, source = workload(cfg)
+    spec = EngineSpec.of(dataclasses.asdict(cfg))
+    return Job(cfg, requests, source, spec, config_yaml(cfg), f"{cfg.policy.name}-{cfg.trace.name}")
 
 
 def _export(cfg: Config, finished: Mapping[str, Ran]) -> None:
@@ -155,12 +167,11 @@ def config_yaml(cfg: Config) -> str:
     return to_yaml(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=None)))
 
 
-def _directory(cfg: Config, key: str) -> Path:
+def _directory(cfg: Config, key: str, slug: str) -> Path:
     from lab.observe.rundir import fresh_directory
 
     if cfg.run.dir is not None:
         return Path(cfg.run.dir)
-    slug = f"{cfg.policy.name}-{cfg.trace.name}"
     return fresh_directory(Path(cfg.run.root), slug, now=datetime.datetime.now(), key=key)
 
 

@@ -28,6 +28,13 @@ def terminable() -> Iterator[None]:
         yield
 
 
+def deaf() -> None:
+    """From now on no signal interrupts: the program is on its way out, and another Ctrl-C can't hurry it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in NAMES:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class OneInterrupt:
     """Within, one signal interrupts by `KeyboardInterrupt`; from then on, or from `saving` on, signals wait.
 

@@ -166,8 +166,11 @@ def _drive(
         update = stack.enter_context(console.progress(label, total)) if console is not None else None
 
         def progress(core: EngineCore, now: int) -> None:
-            if update is not None and core.steps % SHOW_EVERY == 0:
-                note = f"step {core.steps}, {core.running} running, {core.waiting} waiting, KV {_kv(core)} %"
+            steps = len(recorder.steps)
+            if update is not None and steps and steps % SHOW_EVERY == 0:
+                last = recorder.steps[-1]
+                kv = 100 * last.blocks_held / control.core.pool.total
+                note = f"step {steps}, {last.running} running, {last.waiting} waiting, KV {kv:.0f} %"
                 update(len(recorder.requests), f"{note}, {now / 1e9:.1f} s")
 
         drive = side.backend.drive(control, side.requests, progress)
@@ -187,10 +190,6 @@ def _drive(
         if update is not None:
             update(total, f"{len(recorder.steps)} steps, {drive.now / 1e9:.1f} s of run time")
     return None
-
-
-def _kv(core: EngineCore) -> int:
-    return round(100 * core.pool.held / core.pool.total)
 
 
 def _exited(error: SystemExit, side: Side) -> DiptychError:

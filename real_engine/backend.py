@@ -13,9 +13,11 @@ from lab.config import Config, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request
-from lab.errors import ModelError
+from lab.errors import ModelError, ReplayError
+from lab.observe.recorder import Recorded
 from real_engine.driver import SteppedRun
 from real_engine.online import OnlineRun
+from real_engine.replay import ReplayRun
 
 if TYPE_CHECKING:
     from real_engine.attention.backend import AttentionBackend
@@ -29,14 +31,24 @@ class RealBackend:
     evidence: Literal["measured"] = "measured"
 
     def __init__(
-        self, executor: Any, about: Mapping[str, Any], stop_ids: tuple[int, ...], *, online: bool = False
+        self,
+        executor: Any,
+        about: Mapping[str, Any],
+        stop_ids: tuple[int, ...],
+        *,
+        online: bool = False,
+        recorded: Recorded | None = None,
     ) -> None:
         self.executor, self.stop_ids = executor, stop_ids
         self.capacity: Capacity = executor.capacity
         self.about = about
+        self._recorded = recorded
         self.clock: Literal["stepped", "wall"] = "wall" if online else "stepped"
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Drive:
+        if self._recorded is not None:
+            steps, records = self._recorded.steps, self._recorded.requests
+            return ReplayRun(steps, records, self.executor, control.observer, control.core, progress)
         run = OnlineRun if self.clock == "wall" else SteppedRun
         return run(control, self.executor, requests, progress)
 
@@ -66,8 +78,26 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         host_blocks=cfg.kv.host_blocks,
         transfer_gb_s=cfg.kv.transfer_gb_s,
     )
-    online = cfg.engine.mode == "online"
-    return RealBackend(executor, executor.about, model.config.eos_token_ids, online=online)
+    online, recorded, about = cfg.engine.mode == "online", None, dict(executor.about)
+    if cfg.engine.mode == "replay":
+        recorded, name = _recorded(cfg, model)
+        about["recorded"] = name
+    return RealBackend(executor, about, model.config.eos_token_ids, online=online, recorded=recorded)
+
+
+def _recorded(cfg: Config, model: LoadedModel) -> tuple[Recorded, str]:
+    """The run to execute again and its name, if this model can. Raises `ReplayError`."""
+    from lab.analysis.runs import load
+
+    run = load(cfg.engine.replay or "")
+    found = run.recorded()
+    longest = max((len(r.prompt) + r.output_limit for s in found.steps for r in s.plan.new), default=0)
+    if longest > model.config.max_context:
+        raise ReplayError(
+            f"run '{run.path}' has a request of {longest} tokens, prompt and output; the longest context of "
+            f"'{cfg.model.name}' is {model.config.max_context}"
+        )
+    return found, run.path.name
 
 
 def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBackend:

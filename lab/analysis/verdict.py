@@ -125,7 +125,12 @@ def _workloads(diff: Diff) -> str:
 def _decisions(diff: Diff) -> str:
     step, counts = diff.decisions["first_divergent_step"], diff.decisions["steps"]
     if step is None:
-        return f"Decisions never diverged: all {counts[diff.keys[0]]} steps took the same plan."
+        text = f"Decisions never diverged: all {counts[diff.keys[0]]} steps took the same plan."
+        modes = diff.configuration.get("engine.mode", {})
+        again = [diff.labels[diff.keys.index(key)] for key in diff.keys if modes.get(key) == "replay"]
+        if again:
+            text += f" {again[0]} executed recorded plans, so every difference is one of durations."
+        return text
     sizes = " / ".join(f"{counts[key]} ({label})" for key, label in zip(diff.keys, diff.labels, strict=True))
     replica = diff.decisions["first_divergence"]["replica"]
     where = f" of replica {replica}" if diff.decisions["replicas"] > 1 else ""

@@ -7,17 +7,25 @@ A generator that does everything but let time pass: it yields how many nanosecon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from lab.control.clock import ControlTimer
-from lab.control.core import EngineCore
 from lab.control.executor import Executor
-from lab.control.plan import StepTiming
+from lab.control.plan import StepPlan, StepResult, StepTiming
 
 IDLE = -1
 """Yielded when there is nothing to do until something arrives."""
 
 
-def serve(core: EngineCore, executor: Executor, timer: ControlTimer, now: Callable[[], int]) -> Iterator[int]:
+class Planner(Protocol):
+    """Who decides: an engine core, or a log of what one decided before."""
+
+    def plan(self, now: int) -> StepPlan: ...
+    def commit(self, plan: StepPlan, result: StepResult, now: int) -> object: ...
+    def observe(self, timing: StepTiming) -> None: ...
+
+
+def serve(core: Planner, executor: Executor, timer: ControlTimer, now: Callable[[], int]) -> Iterator[int]:
     """Steps, forever. Arrivals due at `now()` must be in the core before each resumption.
 
     A step takes plan + execute before its result is committed, and the commit's own time after that.

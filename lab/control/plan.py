@@ -105,6 +105,12 @@ def chain(
     return h.hexdigest()
 
 
+def digest_of(previous: str, plan: StepPlan) -> str:
+    """The digest that a plan should carry when it follows one of digest `previous`."""
+    moves = (plan.swap_out, plan.swap_in)
+    return chain(previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probabilities for one sampled token: its own, and the most likely alternatives (id, logprob)."""
