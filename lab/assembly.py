@@ -84,11 +84,16 @@ class ControlPlane:
 
 
 def assemble(
-    spec: EngineSpec, capacity: Capacity, observer: Observer, requests: Sequence[Request] = ()
+    spec: EngineSpec,
+    capacity: Capacity,
+    observer: Observer,
+    requests: Sequence[Request] = (),
+    *,
+    aggregate: bool = False,
 ) -> ControlPlane:
     """A gateway before replicas with `capacity` each; everything they do is told to `observer`.
 
-    `requests` are what is to come: only a bound such as Belady's may look at them.
+    `requests` are what is to come: only a bound such as Belady's may look at them. `aggregate`: see `EngineCore`.
     """
     gateways: list[Gateway] = []
 
@@ -114,6 +119,7 @@ def assemble(
             replica=replica,
             policy_name=str(spec.policies["policy"]["name"]),
             on_admitted=future.passed if future is not None else None,
+            aggregate=aggregate,
         )
         core.on_ended = lambda record, now: gateways[0].ended(record, now)
         return core

@@ -227,6 +227,17 @@ class Step(Protocol):
         """
         ...
 
+    def run_decodes(self) -> Sequence[RequestView]:
+        """Give every request in steady decode its next token, and return the running requests that are left.
+
+        All or none: when tokens or blocks don't suffice for all of them, or anything was granted or preempted
+        in this step before, nobody is granted anything and all running requests are returned, in order of
+        admission. In steady decode is whoever waits for nothing but its next token and whose length is known.
+        They are granted in the order in which they came to decode, at a cost that doesn't depend on how many
+        they are; `run` for each of them does the same, only slower.
+        """
+        ...
+
     def preempt(self, request: RequestView | RequestId, how: How | None = None) -> How:
         """Take a running request's blocks and slot back; it waits again. Not one granted in this step.
 

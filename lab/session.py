@@ -93,7 +93,13 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
         recorder = Recorder()
         log = _Log(JsonLog(directory.file("log.jsonl"), info))
         try:
-            control = assemble(side.spec, backend.capacity, Observers(recorder, log), side.requests)
+            control = assemble(
+                side.spec,
+                backend.capacity,
+                Observers(recorder, log),
+                side.requests,
+                aggregate=backend.name == "sim",
+            )
             began = time.perf_counter()
             ended = _drive(side, control, recorder, log, signals, console)
             wall = time.perf_counter() - began

@@ -46,7 +46,7 @@ class SimExecutor:
                 self._token(work.request, work.start + work.tokens) for work in plan.work if work.samples
             )
         else:
-            tokens = (0,) * sum(work.samples for work in plan.work)
+            tokens = (0,) * plan.samples
         timing = self._timing
         return StepResult(
             tokens, timing.prepare_ns, timing.forward_ns, timing.sample_ns, transfer_ns=timing.transfer_ns

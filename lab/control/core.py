@@ -7,16 +7,17 @@ compared. The global control point is `plan`; the hot path is `plan` + `commit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lab.control.blame import blame
+from lab.control.decodes import Decodes, WorkList
 from lab.control.estimate import StepEstimate
 from lab.control.executor import Capacity
 from lab.control.live import LiveRequest
 from lab.control.observer import Decision, Observer, Outcome, RequestRecord, StepRecord
-from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, chain
+from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, Work, chain
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits, StepBuilder
 from lab.errors import DiptychError, ExecutorError, PolicyError, RequestRefused
@@ -59,6 +60,8 @@ class _InFlight:
 
     plan: StepPlan
     work: list[LiveRequest]
+    """Those granted on their own: of `plan.items`, after the first `together`."""
+    together: int
     running: int
     waiting: int
     prefill_tokens: int
@@ -90,6 +93,9 @@ class EngineCore:
     `capacity` describes the KV cache, the host tier behind it, and the longest context. Everything that a
     request's life produces goes to `observer`. Without a `predictor`, output lengths are known; without
     `preemption`, the last in the scheduler's order is preempted. Single-threaded; plan and commit alternate.
+
+    `aggregate` keeps decodes in steady state as sums (`lab.control.decodes`), for a data plane whose tokens carry
+    no meaning where the output's length is forced: the same decisions, but such tokens are not emitted.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class EngineCore:
         replica: int = 0,
         policy_name: str = "",
         on_admitted: Callable[[RequestId], None] | None = None,
+        aggregate: bool = False,
     ) -> None:
         self.policy = policy
         self.policy_name = policy_name or type(policy).__name__
@@ -125,6 +132,7 @@ class EngineCore:
         self._load = _Load()
         self.replica = replica
         self._observer = observer or Observer()
+        self._totals = None if self._observer.wants_steps else self._observer.totals(replica)
         self._requests: dict[RequestId, LiveRequest] = {}
         self._running: dict[RequestId, LiveRequest] = {}
         self._waiting: dict[RequestId, LiveRequest] = {}
@@ -140,6 +148,7 @@ class EngineCore:
         self._on_tokens = (
             policy.on_tokens if type(policy).on_tokens is not SchedulingPolicy.on_tokens else None
         )
+        self._decodes = Decodes(self.pool.block_size, aggregate and self._on_tokens is None)
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -234,7 +243,9 @@ class EngineCore:
         live = self._requests.get(request_id)
         if live is None:
             return False
-        if self._in_flight is not None and live.granted:
+        if self._in_flight is not None and live.granted_now:
+            if not (live.granted or live.aborting):
+                self._decodes.aborting.append(live)
             live.aborting = True
         else:
             self._end(live, "aborted", "aborted", now)
@@ -257,6 +268,7 @@ class EngineCore:
         The core is of no use afterwards.
         """
         for live in list(self._requests.values()):
+            live.sync()
             self._observer.on_request(live.record("unfinished", "interrupted", max(now, live.phase_start)))
         self._in_flight = None
         self._requests.clear()
@@ -288,9 +300,10 @@ class EngineCore:
             on_admit=self._admitted,
             on_preempt=self._preempted,
             on_reject=self._rejected,
+            decodes=self._decodes,
         )
         self._call(self.policy.schedule, step)
-        if not (step.work or step.preempted or step.rejected):
+        if not (step.work or step.decoding.count or step.preempted or step.rejected):
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
         plan = self._freeze(step)
@@ -302,7 +315,7 @@ class EngineCore:
         flight = self._in_flight
         if flight is None or flight.plan is not plan:
             raise RuntimeError(f"commit() of step {plan.index}, which is not the plan in flight")
-        wanted = sum(work.samples for work in plan.work)
+        wanted = plan.samples
         if len(result.tokens) != wanted:
             raise ExecutorError(
                 f"step {plan.index}: the data plane returned {len(result.tokens)} tokens for {wanted} sampling requests"
@@ -314,36 +327,84 @@ class EngineCore:
         load.context += plan.tokens
         tokens = iter(result.tokens)
         emissions: list[Emission] = []
-        on_tokens = self._on_tokens
-        for live, work in zip(flight.work, plan.work, strict=True):
-            live.granted = 0
-            live.computed += work.tokens
-            live.computed_tokens += work.tokens
-            live.worked(plan.index)
-            finished: Literal["length", "stop"] | None = None
-            if work.samples:
-                token = next(tokens)
-                finished = self._receive(live, token, now)
-                logprobs = result.logprobs.get(work.request)
-                if logprobs is not None:
-                    live.logprobs.append(logprobs)
-                if not live.aborting:
-                    emissions.append(Emission(work.request, token, finished, logprobs))
-            if on_tokens is not None:
-                self._call(on_tokens, live.view, work.tokens, int(work.samples), now)
-            if live.aborting:
-                self._end(live, "aborted", "aborted", now)
-            elif finished is not None:
-                self._end(live, "finished", finished, now)
+        if plan.decodes.count:
+            self._advance(plan, now)
+            tokens = iter(result.tokens[plan.decodes.count :])
+        work = list(zip(flight.work, plan.items, strict=True))
+        if flight.together:
+            # All of them have their token before any of them ends, as where they are kept as sums.
+            received = [
+                (live, item, *self._apply(live, item, tokens, plan.index, now))
+                for live, item in work[: flight.together]
+            ]
+            for live, item, token, finished in received:
+                self._conclude(live, item, token, finished, result, emissions, now)
+        for live, item in work[flight.together :]:
+            token, finished = self._apply(live, item, tokens, plan.index, now)
+            self._conclude(live, item, token, finished, result, emissions, now)
         flight.released_commit = self._count()[2]
         self._committed = flight
         return tuple(emissions)
+
+    def _advance(self, plan: StepPlan, now: int) -> None:
+        """Every decode in steady state has its next token; some end with it."""
+        if isinstance(plan.work, WorkList):
+            plan.work.close()
+        self._load.expected -= plan.decodes.count
+        for live in self._decodes.advance(plan.index, now):
+            if live.aborting:
+                self._end(live, "aborted", "aborted", now)
+            else:
+                self._end(live, "finished", "length", now)
+
+    def _apply(
+        self, live: LiveRequest, work: Work, tokens: Iterator[int], step: int, now: int
+    ) -> tuple[int, Literal["length", "stop"] | None]:
+        """A request's work is done: its token, if that gave one, and why that was the last."""
+        live.granted = 0
+        live.computed += work.tokens
+        live.computed_tokens += work.tokens
+        live.worked(step)
+        if not work.samples:
+            return 0, None
+        token = next(tokens)
+        return token, self._receive(live, token, now)
+
+    def _conclude(
+        self,
+        live: LiveRequest,
+        work: Work,
+        token: int,
+        finished: Literal["length", "stop"] | None,
+        result: StepResult,
+        emissions: list[Emission],
+        now: int,
+    ) -> None:
+        """Tell of what `_apply` did, and end the request if it was the last."""
+        if work.samples:
+            logprobs = result.logprobs.get(work.request)
+            if logprobs is not None:
+                live.logprobs.append(logprobs)
+            if not live.aborting:
+                emissions.append(Emission(work.request, token, finished, logprobs))
+        if self._on_tokens is not None:
+            self._call(self._on_tokens, live.view, work.tokens, int(work.samples), now)
+        if live.aborting:
+            self._end(live, "aborted", "aborted", now)
+        elif finished is not None:
+            self._end(live, "finished", finished, now)
+        elif work.samples and live.plain and not live.steady:
+            self._decodes.join(live)
 
     def observe(self, timing: StepTiming) -> None:
         """Tell the observer of the step just committed, now that all of its durations are known."""
         flight, self._committed = self._committed, None
         if flight is None:
             raise RuntimeError("observe() without a committed step")
+        if self._totals is not None:
+            held = self.pool.total - flight.blocks_free - flight.blocks_cached
+            self._totals.add(flight.plan, timing.total_ns, self.pool.total, held, flight.evicted)
+            return
         self._observer.on_step(
             StepRecord(
                 plan=flight.plan,
@@ -377,7 +438,8 @@ class EngineCore:
         """Conservation laws, as code: blocks, tables, statuses. Raises AssertionError."""
         self.pool.check([live.blocks for live in self._requests.values()])
         self.host.check([live.host for live in self._requests.values()])
-        everybody = self._requests.values()
+        everybody = [live.now() for live in self._requests.values()]
+        self._decodes.check(self._running)
         expected = _Load(
             sum(live.known - live.computed for live in everybody),
             sum(max(live.predicted - len(live.output), 0) for live in everybody),
@@ -394,7 +456,7 @@ class EngineCore:
             assert live.computed < live.known, f"{live.view!r} has nothing left to compute"
             capacity = len(live.blocks or live.host) * self.pool.block_size
             assert not (live.blocks and live.host), f"{live.view!r} is on the device and the host at once"
-            assert live.computed + live.granted <= capacity, (
+            assert live.computed + live.granted_now <= capacity, (
                 f"{live.view!r} holds {capacity} tokens of blocks"
             )
         assert len(self._running) <= self.limits.max_seqs
@@ -406,7 +468,13 @@ class EngineCore:
         rejected = tuple((live.request.id, reason) for live, reason in step.rejected)
         work = tuple(step.work)
         moves = (tuple(step.swap_out), tuple(step.swap_in))
-        self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves)
+        decoding = step.decoding
+        self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves, decoding)
+        listed: Sequence[Work] = work
+        if decoding.count:
+            listed = WorkList(work, decoding.count, lambda: self._decodes.listing(decoding))
+            if self._observer.wants_work and self._observer.wants_steps:
+                listed.listed()
         new = tuple(live.request for live in step.admitted if not live.seen)
         for live in step.admitted:
             if not live.seen and self._on_admitted is not None:
@@ -415,7 +483,7 @@ class EngineCore:
         plan = StepPlan(
             index=self._index,
             now=step.now,
-            work=work,
+            work=listed,
             digest=self._digest,
             new=new,
             admitted=tuple(live.request.id for live in step.admitted),
@@ -424,6 +492,7 @@ class EngineCore:
             swap_out=moves[0],
             swap_in=moves[1],
             released=tuple(self._released),
+            decodes=decoding,
         )
         self._released.clear()
         self._index += 1
@@ -431,8 +500,8 @@ class EngineCore:
 
     def _describe(self, plan: StepPlan, step: StepBuilder) -> _InFlight:
         granted = step.granted
-        prefill = decode = context = 0
-        for live, work in zip(granted, plan.work, strict=True):
+        prefill, decode, context = 0, plan.decodes.count, plan.decodes.context
+        for live, work in zip(granted, plan.items, strict=True):
             context += work.start + work.tokens
             if work.start >= live.prompt_tokens and work.tokens == 1:
                 decode += 1
@@ -440,7 +509,7 @@ class EngineCore:
                 prefill += work.tokens
         allocated, evicted, released = self._count()
         return _InFlight(
-            plan, granted, len(self._running), len(self._waiting), prefill, decode, context,
+            plan, granted, len(step.together), len(self._running), len(self._waiting), prefill, decode, context,
             self.pool.free, self.pool.cached, allocated, evicted, released,
         )  # fmt: skip
 
@@ -467,6 +536,7 @@ class EngineCore:
 
     def _end(self, live: LiveRequest, outcome: Outcome, reason: str, now: int) -> None:
         name = live.request.id
+        self._decodes.drop(live)
         del self._requests[name]
         self._running.pop(name, None)
         self._waiting.pop(name, None)
@@ -531,7 +601,7 @@ class EngineCore:
         self._end(live, "rejected", reason, now)
 
     def _guard_progress(self, step: StepBuilder) -> None:
-        self._workless = 0 if step.work or step.rejected else self._workless + 1
+        self._workless = 0 if step.work or step.decoding.count or step.rejected else self._workless + 1
         if self._workless > IDLE_STEPS_ALLOWED:
             raise PolicyError(
                 f"policy '{self.policy_name}' preempted for {self._workless} steps in a row, up to "

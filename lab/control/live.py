@@ -5,11 +5,16 @@ Request path, control plane. `LiveRequest` belongs to the engine; policies get i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lab.control.observer import Decision, Interval, Outcome, Phase, RequestRecord
 from lab.control.plan import TokenLogprobs
 from lab.control.request import Request, RequestId
 from lab.state.blocks import Block
 from lab.state.prefix import ContentChain
+
+if TYPE_CHECKING:
+    from lab.control.decodes import Decodes
 
 
 class View:
@@ -43,23 +48,25 @@ class View:
 
     @property
     def known(self) -> int:
-        return self._live.known
+        return self._live.now().known
 
     @property
     def computed(self) -> int:
-        return self._live.computed
+        return self._live.now().computed
 
     @property
     def remaining(self) -> int:
-        return self._live.known - self._live.computed
+        live = self._live.now()
+        return live.known - live.computed
 
     @property
     def generated(self) -> int:
-        return self._live.known - self._live.prompt_tokens
+        live = self._live.now()
+        return live.known - live.prompt_tokens
 
     @property
     def expected_output(self) -> int:
-        live = self._live
+        live = self._live.now()
         return max(live.predicted, live.known - live.prompt_tokens + 1)
 
     @property
@@ -76,10 +83,10 @@ class View:
 
     @property
     def granted(self) -> int:
-        return self._live.granted
+        return self._live.granted_now
 
     def __repr__(self) -> str:
-        live = self._live
+        live = self._live.now()
         return f"<request '{self.id}' {live.status}, {live.computed} of {live.known} tokens computed>"
 
 
@@ -95,6 +102,7 @@ class LiveRequest:
         "computed",
         "computed_tokens",
         "decision",
+        "decodes",
         "granted",
         "host",
         "intervals",
@@ -106,6 +114,7 @@ class LiveRequest:
         "phase_first",
         "phase_last",
         "phase_start",
+        "plain",
         "predicted",
         "preemptions",
         "prompt_tokens",
@@ -113,7 +122,9 @@ class LiveRequest:
         "request",
         "seen",
         "seq",
+        "since",
         "status",
+        "steady",
         "token_times",
         "view",
     )
@@ -148,7 +159,46 @@ class LiveRequest:
         self.phase: Phase = "queue"
         self.phase_start, self.phase_cause = request.arrival, "arrival"
         self.phase_first = self.phase_last = -1
+        self.decodes: Decodes | None = None
+        """Where its counters are kept while it decodes in steady state: `sync` brings its own up to date."""
+        self.since = 0
+        """The grant up to which they are."""
+        self.steady = 0
+        """Order of joining the decodes in steady state; 0 while it isn't one of them."""
+        self.plain = (
+            request.output_len is not None
+            and request.sampling.logprobs is None
+            and predicted >= request.output_limit
+        )
+        """Whether its decoding is one token after another and nothing else, up to a length known beforehand."""
         self.view = View(self)
+
+    def now(self) -> LiveRequest:
+        """Itself, with all counters up to date."""
+        if self.decodes is not None:
+            self.sync()
+        return self
+
+    def sync(self) -> None:
+        """Derive its counters from the clock of the decodes that it belongs to."""
+        decodes = self.decodes
+        if decodes is None or (grants := decodes.clock - self.since) == 0:
+            return
+        first, last = self.since - decodes.base, decodes.clock - decodes.base
+        self.known += grants
+        self.computed += grants
+        self.computed_tokens += grants
+        self.output += [0] * grants
+        self.token_times += decodes.times[first:last]
+        if self.phase_first < 0:
+            self.phase_first = decodes.steps[first]
+        self.phase_last = decodes.steps[last - 1]
+        self.since = decodes.clock
+
+    @property
+    def granted_now(self) -> int:
+        """Tokens granted in the step being built or in flight, on its own or together with others."""
+        return self.granted or int(self.decodes is not None and self.decodes.granted)
 
     @property
     def samples_after(self) -> bool:
@@ -173,6 +223,7 @@ class LiveRequest:
 
     def record(self, outcome: Outcome, reason: str, now: int) -> RequestRecord:
         """The whole life, closed at `now`."""
+        self.sync()
         self.close(now)
         return RequestRecord(
             request=self.request,

@@ -131,8 +131,54 @@ class FleetEvent:
     reason: str
 
 
+@dataclass(slots=True)
+class StepTotals:
+    """Sums over one replica's steps: what is left of them when nobody wants to be told of each."""
+
+    steps: int = 0
+    start: int = 0
+    """Start of the first step, end of the last."""
+    end: int = 0
+    time_ns: int = 0
+    held_ns: int = 0
+    """Sum of blocks held, times the step's duration."""
+    peak_held: int = 0
+    blocks: int = 0
+    """Blocks in the pool."""
+    evicted: int = 0
+    preempted: int = 0
+    moved: int = 0
+    digest: str = ""
+
+    def add(self, plan: StepPlan, total_ns: int, blocks: int, blocks_held: int, evicted: int) -> None:
+        """One more step."""
+        if not self.steps:
+            self.start, self.blocks = plan.now, blocks
+        self.steps += 1
+        self.end = plan.now + total_ns
+        self.time_ns += total_ns
+        self.held_ns += blocks_held * total_ns
+        if blocks_held > self.peak_held:
+            self.peak_held = blocks_held
+        self.evicted += evicted
+        if plan.preempted:
+            self.preempted += len(plan.preempted)
+        if plan.swap_out or plan.swap_in:
+            self.moved += plan.moved_blocks
+        self.digest = plan.digest
+
+
 class Observer:
     """Base with no-op hooks; subclass and override what you want to see."""
+
+    wants_steps: bool = True
+    """Whether `on_step` is to be called; else `totals` are kept."""
+    wants_work: bool = True
+    """Whether a step's plan must list all of its work: that costs what the batch is long."""
+
+    def totals(self, replica: int) -> StepTotals:
+        """Where a replica's sums are kept, for an observer that doesn't want each step."""
+        return StepTotals()
 
     def on_step(self, step: StepRecord) -> None:
         """A step was committed."""
@@ -149,6 +195,11 @@ class Observers(Observer):
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
+        self.wants_steps = any(observer.wants_steps for observer in observers)
+        self.wants_work = any(observer.wants_steps and observer.wants_work for observer in observers)
+
+    def totals(self, replica: int) -> StepTotals:
+        return self._observers[0].totals(replica)
 
     def on_step(self, step: StepRecord) -> None:
         for observer in self._observers:

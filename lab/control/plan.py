@@ -11,6 +11,8 @@ import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 from lab.control.request import BlockId, Request, RequestId
 
@@ -42,13 +44,32 @@ class Move:
     pairs: tuple[tuple[BlockId, int], ...]
 
 
+class Decoding(NamedTuple):
+    """Decodes that a plan grants all together, as sums: one token each, and the blocks they take.
+
+    `marks` and `starts` are their part of the digest (see `chain`).
+    """
+
+    count: int = 0
+    context: int = 0
+    """Sum of the tokens they attend to, their own included."""
+    longest: int = 0
+    """The most that one of them attends to."""
+    marks: int = 0
+    starts: int = 0
+    blocks: tuple[tuple[RequestId, tuple[BlockId, ...]], ...] = ()
+
+
+NO_DECODES = Decoding()
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One engine iteration, decided. Executing it needs no knowledge of queues, policies or arrivals."""
 
     index: int
     now: int
-    work: tuple[Work, ...]
+    work: Sequence[Work]
     digest: str
     new: tuple[Request, ...] = ()
     """Requests that the data plane sees for the first time, in full."""
@@ -65,18 +86,42 @@ class StepPlan:
     swap_in: tuple[Move, ...] = ()
     """Carried out after `swap_out` and before the work that needs it."""
 
+    decodes: Decoding = NO_DECODES
+    """Sums over the first `decodes.count` of `work`, where the engine keeps them as aggregates: `work` then
+    lists them only when asked, before the commit. What needs no list uses `decodes` and `items`."""
+
     def __bool__(self) -> bool:
         """False when there is nothing to execute and nothing was decided."""
         return bool(self.work or self.preempted or self.rejected)
 
     @property
+    def items(self) -> Sequence[Work]:
+        """The work that isn't in `decodes`: all of it, unless the engine keeps aggregates."""
+        items: Sequence[Work] = getattr(self.work, "items", self.work)
+        return items
+
+    @property
     def tokens(self) -> int:
-        return sum(work.tokens for work in self.work)
+        return self.decodes.count + sum(work.tokens for work in self.items)
+
+    @property
+    def samples(self) -> int:
+        """Tokens that the step yields."""
+        return self.decodes.count + sum(work.samples for work in self.items)
 
     @property
     def moved_blocks(self) -> int:
         """Blocks copied between device and host, both ways together."""
         return sum(len(move.pairs) for move in (*self.swap_out, *self.swap_in))
+
+
+@lru_cache(maxsize=1 << 14)
+def weight(request: RequestId) -> int:
+    """A request's number in the digest: 128 bits made of its name."""
+    return int.from_bytes(hashlib.blake2b(request.encode(), digest_size=16).digest(), "little")
+
+
+_MASK = (1 << 128) - 1
 
 
 def chain(
@@ -87,22 +132,41 @@ def chain(
     rejected: Sequence[tuple[RequestId, str]],
     swap_out: Sequence[Move] = (),
     swap_in: Sequence[Move] = (),
+    decodes: Decoding = NO_DECODES,
 ) -> str:
-    """Digest of a plan's decisions chained over `previous` (blake2b, 128 bits, hex)."""
-    h = hashlib.blake2b(bytes.fromhex(previous), digest_size=16)
-    h.update(struct.pack("<q", index))
+    """Digest of a plan's decisions chained over `previous` (blake2b, 128 bits, hex).
+
+    Items of one token that yield the next enter by two sums, of their requests' `weight` and of weight times
+    start, and by the blocks they take: so whoever keeps the sums from step to step (`decodes`, beside the rest of
+    `work`) gets the same digest as whoever lists them, without looking at each. All other items enter in full.
+    """
+    count, _, _, marks, starts, taken = decodes
+    parts: list[bytes] = []
+    blocks = list(taken)
     for item in work:
+        if item.tokens == 1 and item.samples:
+            mark = weight(item.request)
+            count += 1
+            marks += mark
+            starts += mark * item.start
+            if item.blocks:
+                blocks.append((item.request, item.blocks))
+            continue
         name = item.request.encode()
-        h.update(struct.pack("<iqq?i", len(name), item.start, item.tokens, item.samples, len(item.blocks)))
-        h.update(name)
-        h.update(struct.pack(f"<{len(item.blocks)}i", *item.blocks))
-    for mark, pairs in (("preempted", preempted), ("rejected", rejected)):
+        sizes = struct.pack("<iqq?i", len(name), item.start, item.tokens, item.samples, len(item.blocks))
+        parts += (sizes, name, struct.pack(f"<{len(item.blocks)}i", *item.blocks))
+    head = struct.pack("<qqq", index, count, len(parts))
+    parts += ((marks & _MASK).to_bytes(16, "little"), (starts & _MASK).to_bytes(16, "little"))
+    for request, ids in blocks:
+        name = request.encode()
+        parts.append(struct.pack(f"<ii{len(ids)}i", len(name), len(ids), *ids) + name)
+    for mark_, pairs in (("preempted", preempted), ("rejected", rejected)):
         for request, word in pairs:
-            h.update(f"\x1e{mark}\x1f{request}\x1f{word}".encode())
-    for mark, moves in (("out", swap_out), ("in", swap_in)):
+            parts.append(f"\x1e{mark_}\x1f{request}\x1f{word}".encode())
+    for mark_, moves in (("out", swap_out), ("in", swap_in)):
         for move in moves:
-            h.update(f"\x1e{mark}\x1f{move.request}\x1f{move.pairs}".encode())
-    return h.hexdigest()
+            parts.append(f"\x1e{mark_}\x1f{move.request}\x1f{move.pairs}".encode())
+    return hashlib.blake2b(previous.encode() + head + b"".join(parts), digest_size=16).hexdigest()
 
 
 def digest_of(previous: str, plan: StepPlan) -> str:

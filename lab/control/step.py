@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lab.control.blame import blame
+from lab.control.decodes import Decodes
 from lab.control.estimate import StepEstimate
 from lab.control.live import LiveRequest, View
-from lab.control.plan import Move, Work
+from lab.control.plan import NO_DECODES, Move, Work
 from lab.control.request import RequestId
 from lab.errors import ConfigError, PolicyError
 from lab.policy import Grant, How, PreemptionPolicy, RequestView, Shortage
@@ -84,6 +85,7 @@ class StepBuilder:
         on_admit: Callable[[LiveRequest, int], None],
         on_preempt: Callable[[LiveRequest, How, int, int], None],
         on_reject: Callable[[LiveRequest, str, int], None],
+        decodes: Decodes,
     ) -> None:
         self.index, self.now = index, now
         self.tokens_left = self.token_budget = limits.token_budget
@@ -99,6 +101,9 @@ class StepBuilder:
         self.admitted: list[LiveRequest] = []
         self.preempted: list[tuple[LiveRequest, How]] = []
         self.rejected: list[tuple[LiveRequest, str]] = []
+        self.decodes, self.decoding = decodes, NO_DECODES
+        self.together: list[LiveRequest] = []
+        """Those granted by `run_decodes`, where requests are touched one by one: the first of `granted`."""
         self.swap_out: list[Move] = []
         self.swap_in: list[Move] = []
 
@@ -179,8 +184,8 @@ class StepBuilder:
         leave_free: int = 0,
     ) -> Grant:
         live = self._find(request, "run")
-        if live.granted:
-            self._misuse("run", live, f"it was granted {live.granted} tokens in this step already")
+        if live.granted_now:
+            self._misuse("run", live, f"it was granted {live.granted_now} tokens in this step already")
         if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
             self._misuse("run", live, f"asked for {tokens!r} tokens; expected an integer, at least 1")
         if not isinstance(leave_free, int) or leave_free < 0:
@@ -221,6 +226,8 @@ class StepBuilder:
             before = 0
         else:
             before = len(live.blocks)
+            if live.steady:
+                self._step_out(live)
         self._extend(live, computed + granted)
         if live.host:
             self._swap_in(live, held)
@@ -231,14 +238,44 @@ class StepBuilder:
         self.work.append(Work(live.request.id, computed, granted, live.samples_after, added))
         return Grant(granted)
 
+    def run_decodes(self) -> Sequence[RequestView]:
+        steady, pool = self.decodes, self._pool
+        count = len(steady.members)
+        fresh = not (self.granted or self.preempted) and self._paused != "all"
+        if not (0 < count <= self.tokens_left and fresh and not steady.granted):
+            return [live.view for live in self._running.values() if not live.granted_now]
+        needing = steady.needing_block()
+        if len(needing) > pool.available:
+            return [live.view for live in self._running.values()]
+        taken = []
+        for live in needing:
+            block = pool.take(self.now)
+            live.blocks.append(block)
+            taken.append((live.request.id, (block.id,)))
+        if pool.prefix_cache:
+            for live in steady.filling_block():
+                live.now()
+                self._extend(live, live.computed + 1)
+        self.tokens_left -= count
+        if steady.bulk:
+            self.decoding = steady.grant(tuple(taken))
+        else:
+            blocks = dict(taken)
+            for name, live in steady.members.items():
+                live.granted = 1
+                self.work.append(Work(name, live.computed, 1, True, blocks.get(name, ())))
+                self.together.append(live)
+            self.granted += self.together
+        return [live.view for live in steady.others.values()]
+
     def preempt(self, request: RequestView | RequestId, how: How | None = None) -> How:
         live = self._find(request, "preempt")
         if how not in (None, "recompute", "swap"):
             self._misuse("preempt", live, f"how={how!r}; expected 'recompute', 'swap' or None")
         if live.status != "running":
             self._misuse("preempt", live, "it isn't running")
-        if live.granted:
-            self._misuse("preempt", live, f"it was granted {live.granted} tokens in this step already")
+        if live.granted_now:
+            self._misuse("preempt", live, f"it was granted {live.granted_now} tokens in this step already")
         kept = -(-live.computed // self._pool.block_size)
         if not 0 < kept <= self._host.free:
             how = "recompute"
@@ -249,6 +286,7 @@ class StepBuilder:
                     f"preemption policy '{type(self._preemption).__name__}', step {self.index}: how() returned "
                     f"{how!r}; expected 'recompute' or 'swap'"
                 )
+        self.decodes.drop(live)
         del self._running[live.request.id]
         self._waiting[live.request.id] = live
         lost = live.computed
@@ -276,9 +314,14 @@ class StepBuilder:
 
     # -- inside --------------------------------------------------------------------------------------
 
+    def _step_out(self, live: LiveRequest) -> None:
+        """One of the steady decodes is granted on its own; at commit it joins them again, as the last."""
+        self.decodes.leave(live)
+        self.decodes.others[live.request.id] = live
+
     def _admit(self, live: LiveRequest, hits: list[Block]) -> None:
         del self._waiting[live.request.id]
-        self._running[live.request.id] = live
+        self._running[live.request.id] = self.decodes.others[live.request.id] = live
         self._pool.pin(hits, self.now, live.request)
         live.status = "running"
         live.blocks = hits
@@ -356,7 +399,7 @@ class StepBuilder:
         if live is None or live.status == "ended":
             state = "has ended" if live else "is not in the engine (it ended, or never came)"
             self._fail(f"{call}('{name}'): the request {state}")
-        return live
+        return live.now()
 
     def _misuse(self, call: str, live: LiveRequest, why: str) -> NoReturn:
         self._fail(f"{call}({live.view!r}): {why}")

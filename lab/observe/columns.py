@@ -90,7 +90,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("prefill_tokens", "int64", lambda s: s.prefill_tokens),
     ("decode_tokens", "int64", lambda s: s.decode_tokens),
     ("context_tokens", "int64", lambda s: s.context_tokens),
-    ("samples", "int64", lambda s: sum(work.samples for work in s.plan.work)),
+    ("samples", "int64", lambda s: s.plan.samples),
     ("running", "int64", lambda s: s.running),
     ("waiting", "int64", lambda s: s.waiting),
     ("blocks_free", "int64", lambda s: s.blocks_free),

@@ -184,7 +184,7 @@ def step_spans(step: StepRecord, info: RunInfo, targets: Mapping[str, Target] | 
         yield _row(_TRANSFER, trace, index, row.span_id, planned, ready, *moved)
     prepared = ready + timing.prepare_ns
     forwarded = prepared + timing.forward_ns
-    samples = sum(work.samples for work in plan.work)
+    samples = plan.samples
     yield _row(_PREPARE, trace, index, row.span_id, ready, prepared)
     yield _row(_FORWARD, trace, index, row.span_id, prepared, forwarded, plan.tokens)
     yield _row(_SAMPLE, trace, index, row.span_id, forwarded, executed, samples)

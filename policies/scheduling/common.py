@@ -67,12 +67,15 @@ class Patience:
                 yield request
 
 
-def run_in_order(step: Step, order: Sequence[RequestView], most: Most | None = None) -> bool:
+def run_in_order(
+    step: Step, order: Sequence[RequestView], most: Most | None = None, served: bool = False
+) -> bool:
     """Run running requests in this order; when KV blocks run short, preempt among those not served yet.
 
     False if anything was preempted. Whom, the run's preemption policy says (the last, by default), but the
     first of the order is spared while there is another: it gets its blocks in the end, so somebody makes
-    progress in every step, and whoever comes first and stays first ends.
+    progress in every step, and whoever comes first and stays first ends. Nobody need be spared where others
+    were `served` in this step before.
     """
     lost: set[RequestId] = set()
     for index, request in enumerate(order):
@@ -82,7 +85,7 @@ def run_in_order(step: Step, order: Sequence[RequestView], most: Most | None = N
         if limit is not None and limit < 1:
             break
         while (grant := step.run(request, limit)).short is Shortage.BLOCKS:
-            rest = [other for other in order[max(index, 1) :] if other.id not in lost]
+            rest = [other for other in order[index if served else max(index, 1) :] if other.id not in lost]
             victim = step.victim(rest or [request])
             step.preempt(victim)
             lost.add(victim.id)
@@ -91,6 +94,15 @@ def run_in_order(step: Step, order: Sequence[RequestView], most: Most | None = N
         if not grant and request.id not in lost:
             break
     return not lost
+
+
+def run_running(step: Step, most: Most | None = None) -> bool:
+    """Run the running: decodes, then the others in order of admission. False if anything was preempted.
+
+    When KV blocks don't suffice for all decodes, all are run in order of admission, as in `run_in_order`.
+    """
+    rest = step.run_decodes()
+    return run_in_order(step, rest, most, served=step.tokens_left < step.token_budget)
 
 
 def run_merged(

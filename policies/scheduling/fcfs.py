@@ -12,7 +12,7 @@ Cost: O(running) a step, O(log waiting) an admission; with backfill a look at 32
 from __future__ import annotations
 
 from lab.policy import Shortage, Step
-from policies.scheduling.common import QueueingPolicy, run_in_order
+from policies.scheduling.common import QueueingPolicy, run_running
 
 WINDOW = 32
 
@@ -26,7 +26,7 @@ class Fcfs(QueueingPolicy):
         self.backfill = backfill
 
     def schedule(self, step: Step) -> None:
-        if not run_in_order(step, list(step.running.values())):
+        if not run_running(step):
             return
         if not self.backfill:
             self.admit_while_it_fits(step)

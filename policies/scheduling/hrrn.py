@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from lab.policy import How, RequestId, RequestView, SchedulingPolicy, Step
 from policies.keyed_heap import KeyedHeap
-from policies.scheduling.common import run_in_order
+from policies.scheduling.common import run_running
 
 
 class HighestResponseRatio(SchedulingPolicy):
@@ -57,7 +57,7 @@ class HighestResponseRatio(SchedulingPolicy):
             yield (-ratio, step.waiting[name].arrival, step.waiting[name].seq, name)
 
     def schedule(self, step: Step) -> None:
-        ran = run_in_order(step, list(step.running.values()))
+        ran = run_running(step)
         for request in self.fresh.values():
             uncached = request.known - max(step.cached(request), request.computed)
             scale = max(uncached.bit_length() - 4, 0)

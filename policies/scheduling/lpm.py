@@ -11,7 +11,7 @@ Cost: O(running) a step; with room for more, a look-up of the prefix for each of
 from __future__ import annotations
 
 from lab.policy import Step
-from policies.scheduling.common import QueueingPolicy, run_in_order
+from policies.scheduling.common import QueueingPolicy, run_running
 
 LIMIT = 128
 
@@ -20,7 +20,7 @@ class LongestPrefixMatch(QueueingPolicy):
     """Cache-aware, blind to everything else."""
 
     def schedule(self, step: Step) -> None:
-        if not run_in_order(step, list(step.running.values())):
+        if not run_running(step):
             return
         if len(self.queue) > LIMIT:
             self.admit_while_it_fits(step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lab.policy import RequestView, Step
 from policies.keyed_heap import Key
-from policies.scheduling.common import QueueingPolicy, run_in_order
+from policies.scheduling.common import QueueingPolicy, run_running
 
 
 class ShortestJobFirst(QueueingPolicy):
@@ -20,5 +20,5 @@ class ShortestJobFirst(QueueingPolicy):
         return (request.expected_output, request.arrival, request.seq)
 
     def schedule(self, step: Step) -> None:
-        if run_in_order(step, list(step.running.values())):
+        if run_running(step):
             self.admit_while_it_fits(step)

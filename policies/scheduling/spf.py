@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from lab.policy import How, RequestView, Step
 from policies.keyed_heap import Key
-from policies.scheduling.common import QueueingPolicy, run_in_order
+from policies.scheduling.common import QueueingPolicy, run_running
 
 LOOKS = 8
 """Heads looked up again for an admission: keys move as the cache does, and this must end."""
@@ -35,7 +35,7 @@ class ShortestPromptFirst(QueueingPolicy):
         self.fresh.pop(request.id, None)
 
     def schedule(self, step: Step) -> None:
-        ran = run_in_order(step, list(step.running.values()))
+        ran = run_running(step)
         for request in self.fresh.values():
             self.queue.push(request.id, self.uncached(step, request))
         self.fresh.clear()

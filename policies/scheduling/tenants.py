@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lab.policy import How, RequestId, RequestView, SchedulingPolicy, Step
 from policies.keyed_heap import KeyedHeap
-from policies.scheduling.common import run_in_order
+from policies.scheduling.common import run_running
 
 
 class TenantQueues(SchedulingPolicy):
@@ -79,6 +79,4 @@ class TenantQueues(SchedulingPolicy):
 
     def run_running(self, step: Step) -> bool:
         """Running requests by admission; whether new ones may follow."""
-        return (
-            run_in_order(step, list(step.running.values())) and step.slots_left > 0 and step.tokens_left > 0
-        )
+        return run_running(step) and step.slots_left > 0 and step.tokens_left > 0

@@ -16,7 +16,7 @@ from typing import Literal
 
 from lab.policy import RequestView, Step
 from policies.keyed_heap import Key
-from policies.scheduling.common import QueueingPolicy, run_in_order
+from policies.scheduling.common import QueueingPolicy, run_in_order, run_running
 
 
 class VllmV1(QueueingPolicy):
@@ -35,10 +35,12 @@ class VllmV1(QueueingPolicy):
         return (request.priority if self.by_priority else 0, request.arrival, request.seq)
 
     def schedule(self, step: Step) -> None:
-        running = list(step.running.values())
-        if self.by_priority:
-            running.sort(key=self.key)  # so that the last is the victim
         cap = self.cap
-        if run_in_order(step, running, None if cap is None else lambda request: cap):
+        most = None if cap is None else lambda request: cap
+        if self.by_priority:  # sorted, so that the last is the victim
+            ran = run_in_order(step, sorted(step.running.values(), key=self.key), most)
+        else:
+            ran = run_running(step, most)
+        if ran:
             while self.queue and step.run(self.queue.peek(), cap):
                 self.queue.pop()

@@ -37,8 +37,10 @@ class Batch:
 
     @classmethod
     def of(cls, plan: StepPlan) -> Batch:
-        rows = samples = decodes = context = longest = pairs = prefill = 0
-        for work in plan.work:
+        steady = plan.decodes
+        rows = samples = decodes = steady.count
+        context, longest, pairs, prefill = steady.context, steady.longest, 0, 0
+        for work in plan.items:
             n, end = work.tokens, work.start + work.tokens
             rows += n
             samples += work.samples

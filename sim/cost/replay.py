@@ -42,8 +42,9 @@ class RecordedCost:
 
     def _nearest(self, plan: StepPlan) -> int:
         """The recorded step of least distance in log space; the earliest among equals."""
-        prefill = sum(work.tokens for work in plan.work if work.tokens > 1)
-        decode = sum(work.tokens for work in plan.work if work.tokens == 1)
-        context = sum(work.start + work.tokens for work in plan.work)
+        steady, items = plan.decodes, plan.items
+        prefill = sum(work.tokens for work in items if work.tokens > 1)
+        decode = steady.count + sum(work.tokens for work in items if work.tokens == 1)
+        context = steady.context + sum(work.start + work.tokens for work in items)
         here = np.log1p([prefill, decode, context])
         return int(np.argmin(((self._shapes - here) ** 2).sum(axis=1)))
