@@ -348,6 +348,9 @@ class EvictionPolicy:
     """
 
     leaf_only: ClassVar[bool] = True
+    by_release: ClassVar[bool] = False
+    """True where the victim is whichever candidate was let go first, and nothing else matters: the pool then keeps
+    that order itself, much faster, and calls no hook. Not inherited. Only with `leaf_only = False`."""
     needs_future: ClassVar[bool] = False
     """True for a bound such as Belady's: `future` is set before the first call, and results are marked."""
     rng: random.Random

@@ -369,7 +369,14 @@ class StepBuilder:
         # What comes back from the host may end within a block: a cached block with all of that content must not be
         # taken for it, since the copy would overwrite its end.
         knowable = min(wanted, full if live.host else live.known // size)
-        keys = live.chain.upto(knowable) if knowable > live.published else live.chain.keys
+        published = live.published
+        keys = live.chain.upto(knowable) if knowable > published else live.chain.keys
+        missing = wanted - len(live.blocks)
+        if missing > 1 and pool.by_release and pool.unknown(keys[published + 1 : knowable + 1]):
+            live.blocks += pool.take_run(missing, now)
+            pool.publish_run(live.blocks, keys, published, full, user)
+            live.published = full
+            return
         while len(live.blocks) < wanted:
             depth = len(live.blocks)
             key = keys[depth + 1] if depth < knowable else None

@@ -23,7 +23,9 @@ from lab.policy import BlockId, EvictionPolicy, Request
 class Block:
     """One KV block's bookkeeping; policies see it as `lab.policy.BlockView`."""
 
-    __slots__ = ("candidate", "children", "depth", "id", "key", "parent", "refs", "used", "user")
+    __slots__ = (
+        "candidate", "children", "depth", "id", "key", "parent", "refs", "released", "used", "user"
+    )  # fmt: skip
 
     def __init__(self, block_id: BlockId) -> None:
         self.id = block_id
@@ -39,6 +41,8 @@ class Block:
         self.children = 0
         """Cached blocks that continue this one (kept only for leaf-only eviction)."""
         self.candidate = False
+        self.released: list[Block] | None = None
+        """The chain that it was let go with (kept only where the pool itself keeps the order of release)."""
 
     def __repr__(self) -> str:
         return f"Block({self.id}, refs={self.refs}, depth={self.depth}, key={self.key.hex()[:8] or None})"
@@ -57,6 +61,11 @@ class BlockPool:
         self.total, self.block_size, self.prefix_cache = blocks, block_size, prefix_cache
         self._eviction = eviction
         self._leaf_only = eviction.leaf_only
+        # A subclass may have hooks of its own, and they want to be called.
+        self.by_release = bool(vars(type(eviction)).get("by_release"))
+        """The victim is whoever was let go first: the pool keeps that order, and calls no hook."""
+        self._order: deque[list[Block]] = deque()
+        """Chains in the order of their release, each to be taken from its end; who is held again is passed over."""
         self._expires = type(eviction).expired is not EvictionPolicy.expired
         self._blocks: list[Block] = []
         """Those that were ever taken, by id: the rest of a large pool costs nothing."""
@@ -110,7 +119,8 @@ class BlockPool:
         for block in hits:
             self._reference(block, now)
             block.user = user
-            self._eviction.on_hit(block, now)
+            if not self.by_release:
+                self._eviction.on_hit(block, now)
 
     def take(
         self, now: int, key: bytes | None = None, parent: Block | None = None, user: Request | None = None
@@ -135,6 +145,62 @@ class BlockPool:
         block.refs = 1
         return block
 
+    def take_run(self, count: int, now: int) -> list[Block]:
+        """As many blocks as `count` calls of `take` without a key would give, in the same order."""
+        taken: list[Block] = []
+        if not self.by_release:
+            return [self.take(now) for _ in range(count)]
+        self.allocated += count
+        blocks, free = self._blocks, self._free
+        while count and len(blocks) < self.total:
+            block = Block(len(blocks))
+            blocks.append(block)
+            taken.append(block)
+            count -= 1
+        while count and free:
+            taken.append(free.popleft())
+            count -= 1
+        if count:
+            self.evicted += count
+            self.cached -= count
+            order, index = self._order, self._index
+            chain = order[0]
+            while count:
+                while not chain:
+                    order.popleft()
+                    chain = order[0]
+                block = chain.pop()
+                if block.released is chain and not block.refs:
+                    del index[block.key]
+                    block.key, block.user = b"", None
+                    taken.append(block)
+                    count -= 1
+        for block in taken:
+            block.refs = 1
+        return taken
+
+    def publish_run(
+        self,
+        chain: Sequence[Block],
+        keys: Sequence[bytes],
+        first: int,
+        last: int,
+        user: Request | None = None,
+    ) -> None:
+        """`publish` blocks `first .. last` of a table whose keys are known to be nobody else's."""
+        wanted, blocks = keys[first + 1 : last + 1], chain[first:last]
+        self._index.update(zip(wanted, blocks, strict=True))
+        depth = first
+        for block, key in zip(blocks, wanted, strict=True):
+            block.key = key
+            block.depth = depth
+            block.user = user
+            depth += 1
+
+    def unknown(self, keys: Sequence[bytes]) -> bool:
+        """Whether no block has any of these contents."""
+        return self._index.keys().isdisjoint(keys)
+
     def publish(
         self,
         block: Block,
@@ -153,7 +219,8 @@ class BlockPool:
                 return
             block.key, block.depth, block.user = keys[depth + 1], depth, user
             self._index[block.key] = block
-            self._eviction.on_cached(block, now)
+            if not self.by_release:
+                self._eviction.on_cached(block, now)
         # Only a parent in the same table is linked: it stays held as long as its child is. (It is another
         # block where somebody else published the parent's content first.)
         if (
@@ -166,6 +233,9 @@ class BlockPool:
 
     def release(self, chain: Sequence[Block], now: int) -> None:
         """Let go of a request's blocks, given in chain order; the tail goes first."""
+        if self.by_release:
+            self._release_run(chain)
+            return
         for block in reversed(chain):
             block.refs -= 1
             if block.refs:
@@ -178,8 +248,29 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def _release_run(self, chain: Sequence[Block]) -> None:
+        """The same where the pool keeps the order of release itself."""
+        gone: list[Block] = []
+        empty: list[Block] = []
+        for block in chain:
+            block.refs -= 1
+            if not block.refs:
+                if block.key:
+                    block.released = gone
+                    gone.append(block)
+                else:
+                    empty.append(block)
+        self.released += len(gone) + len(empty)
+        self._free.extend(reversed(empty))
+        if gone:
+            self.cached += len(gone)
+            self._order.append(gone)
+
     def evict(self, now: int) -> Block:
         """Give up the eviction policy's victim and return it empty."""
+        if self.by_release:
+            self.allocated -= 1  # counted by whoever takes
+            return self.take_run(1, now)[0]
         block = self._candidate(self._eviction.victim(now))
         self._drop(block, now)
         return block
@@ -214,6 +305,7 @@ class BlockPool:
         block.refs += 1
         if block.refs == 1:
             self.cached -= 1
+            block.released = None
             if block.candidate:
                 block.candidate = False
                 self._eviction.on_pinned(block, now)
@@ -254,6 +346,7 @@ class BlockPool:
             cached += block.refs == 0 and bool(block.key)
             assert not block.key or self._index[block.key] is block, f"{block} is not what the index finds"
             leaf = block.refs == 0 and bool(block.key) and not (self._leaf_only and block.children)
+            leaf = leaf and not self.by_release
             assert block.candidate == leaf, f"{block}: candidate is {block.candidate}, expected {leaf}"
         assert self.cached == cached, f"{cached} blocks are cached, the pool counts {self.cached}"
         assert self.free + cached + held == self.total, (

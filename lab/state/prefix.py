@@ -3,7 +3,8 @@
 A full block's key is a hash of its tokens and of the key of the block before it, so a key names a whole
 prefix (the idea of vLLM's automatic prefix caching). Synthetic text is hashed by its name and offset and
 never turned into tokens; adjacent stretches are joined first, so the key doesn't depend on how a prompt
-happens to be cut into pieces.
+happens to be cut into pieces. Blocks that lie within one such stretch are numbered: the first of them is hashed,
+and the others are told apart by their number behind the same hash.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class ContentChain:
         "_output_stream",
         "_pieces",
         "_prompt",
+        "_stretch",
         "keys",
     )
 
@@ -44,21 +46,54 @@ class ContentChain:
         self, prompt: Prompt, block_size: int, salt: str, output: Sequence[int], output_stream: int | None
     ) -> None:
         self._prompt = len(prompt)
-        self._pieces = prompt.pieces
+        self._pieces = prompt.pieces if len(prompt.pieces) < 2 else _joined(prompt.pieces)
         self._block_size = block_size
         self._output, self._output_stream = output, output_stream
         self._cursor, self._cursor_start = 0, 0
+        self._stretch: tuple[int, bytes] | None = None
+        """The first block that lies within the stretch at the cursor, and the hash that names it and the others."""
         self.keys: list[bytes] = [root_key(salt)]
         """keys[0] is the root; keys[i + 1] belongs to block i."""
 
     def upto(self, blocks: int) -> list[bytes]:
         """The chain with at least the keys of the first `blocks` blocks. Their tokens must be known."""
-        keys = self.keys
-        for index in range(len(keys) - 1, blocks):
-            low = index * self._block_size
-            content = self._pack(low, low + self._block_size)
-            keys.append(blake2b(keys[-1] + content, digest_size=16).digest())
+        keys, size = self.keys, self._block_size
+        while (index := len(keys) - 1) < blocks:
+            low = index * size
+            piece, offset, rest = self._rest(low)
+            inside = min(rest // size, blocks - index)
+            if not inside:
+                content = self._pack(low, low + size)
+                keys.append(blake2b(keys[-1] + content, digest_size=16).digest())
+                continue
+            if self._stretch is None:
+                name = struct.pack("<cQQ", b"r", piece.stream, piece.start + offset)
+                self._stretch = index, blake2b(keys[-1] + name, digest_size=12).digest()
+            first, base = self._stretch
+            start = index - first
+            if start + inside > len(_NUMBERS):
+                _count_to(start + inside)
+            keys += [base + number for number in _NUMBERS[start : start + inside]]
         return keys
+
+    def _rest(self, position: int) -> tuple[Segment, int, int]:
+        """The stretch of synthetic text at a token position, the offset in it, and how much of it is left (0 of
+        literal text); positions never go back."""
+        if position >= self._prompt:
+            if self._output_stream is None:
+                return _NOTHING, 0, 0
+            if self._cursor < len(self._pieces):
+                self._cursor = len(self._pieces)
+                self._stretch = None
+            return Segment(self._output_stream, 0, _ENDLESS), position - self._prompt, _ENDLESS
+        piece = self._pieces[self._cursor]
+        while position >= self._cursor_start + len(piece):
+            self._cursor_start += len(piece)
+            self._cursor += 1
+            self._stretch = None
+            piece = self._pieces[self._cursor]
+        offset = position - self._cursor_start
+        return (piece, offset, len(piece) - offset) if isinstance(piece, Segment) else (_NOTHING, 0, 0)
 
     def _pack(self, low: int, high: int) -> bytes:
         """Canonical bytes of tokens `low .. high`: literal runs by their ids, segments by name and offset."""
@@ -100,9 +135,39 @@ class ContentChain:
         while position >= self._cursor_start + len(piece):
             self._cursor_start += len(piece)
             self._cursor += 1
+            self._stretch = None
             piece = self._pieces[self._cursor]
         offset = position - self._cursor_start
         return piece, offset, min(len(piece) - offset, high - position)
+
+
+_ENDLESS = 1 << 62
+_NOTHING = Segment(0, 0, 0)
+_NUMBERS: list[bytes] = []
+"""0, 1, 2, ... as four bytes each."""
+
+
+def _count_to(count: int) -> None:
+    _NUMBERS.extend(number.to_bytes(4, "little") for number in range(len(_NUMBERS), 2 * count))
+
+
+def _joined(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """The pieces, with stretches that continue each other as one."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if not len(piece):
+            continue
+        if (
+            isinstance(piece, Segment)
+            and isinstance(last, Segment)
+            and last.stream == piece.stream
+            and last.start + last.length == piece.start
+        ):
+            joined[-1] = Segment(last.stream, last.start, last.length + piece.length)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _pack_literal(tokens: list[int]) -> bytes:

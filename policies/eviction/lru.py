@@ -16,6 +16,7 @@ class Lru(EvictionPolicy):
     """Candidates in the order in which they were let go."""
 
     leaf_only = False
+    by_release = True
 
     def __init__(self) -> None:
         self._order: OrderedDict[BlockId, None] = OrderedDict()

@@ -38,6 +38,10 @@ def keys_of(user: Request, block_size: int = 1) -> list[bytes]:
 class Twice(BlockPool):
     """Asks for each victim a second time: choosing alone must change nothing."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.by_release = False  # through the policy's own hooks, whatever it says
+
     def evict(self, now: int) -> Block:
         first = self._eviction.victim(now)
         assert self._eviction.victim(now) == first
