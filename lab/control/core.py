@@ -303,7 +303,7 @@ class EngineCore:
             decodes=self._decodes,
         )
         self._call(self.policy.schedule, step)
-        if not (step.work or step.decoding.count or step.preempted or step.rejected):
+        if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
         plan = self._freeze(step)
@@ -327,9 +327,9 @@ class EngineCore:
         load.context += plan.tokens
         tokens = iter(result.tokens)
         emissions: list[Emission] = []
-        if plan.decodes.count:
+        if plan.decodes.seqs:
             self._advance(plan, now)
-            tokens = iter(result.tokens[plan.decodes.count :])
+            tokens = iter(result.tokens[plan.decodes.seqs :])
         work = list(zip(flight.work, plan.items, strict=True))
         if flight.together:
             # All of them have their token before any of them ends, as where they are kept as sums.
@@ -350,7 +350,7 @@ class EngineCore:
         """Every decode in steady state has its next token; some end with it."""
         if isinstance(plan.work, WorkList):
             plan.work.close()
-        self._load.expected -= plan.decodes.count
+        self._load.expected -= plan.decodes.seqs
         for live in self._decodes.advance(plan.index, now):
             if live.aborting:
                 self._end(live, "aborted", "aborted", now)
@@ -471,8 +471,8 @@ class EngineCore:
         decoding = step.decoding
         self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves, decoding)
         listed: Sequence[Work] = work
-        if decoding.count:
-            listed = WorkList(work, decoding.count, lambda: self._decodes.listing(decoding))
+        if decoding.seqs:
+            listed = WorkList(work, decoding.seqs, lambda: self._decodes.listing(decoding))
             if self._observer.wants_work and self._observer.wants_steps:
                 listed.listed()
         new = tuple(live.request for live in step.admitted if not live.seen)
@@ -500,7 +500,7 @@ class EngineCore:
 
     def _describe(self, plan: StepPlan, step: StepBuilder) -> _InFlight:
         granted = step.granted
-        prefill, decode, context = 0, plan.decodes.count, plan.decodes.context
+        prefill, decode, context = 0, plan.decodes.seqs, plan.decodes.context
         for live, work in zip(granted, plan.items, strict=True):
             context += work.start + work.tokens
             if work.start >= live.prompt_tokens and work.tokens == 1:
@@ -601,7 +601,7 @@ class EngineCore:
         self._end(live, "rejected", reason, now)
 
     def _guard_progress(self, step: StepBuilder) -> None:
-        self._workless = 0 if step.work or step.decoding.count or step.rejected else self._workless + 1
+        self._workless = 0 if step.work or step.decoding.seqs or step.rejected else self._workless + 1
         if self._workless > IDLE_STEPS_ALLOWED:
             raise PolicyError(
                 f"policy '{self.policy_name}' preempted for {self._workless} steps in a row, up to "

@@ -50,7 +50,7 @@ class Decoding(NamedTuple):
     `marks` and `starts` are their part of the digest (see `chain`).
     """
 
-    count: int = 0
+    seqs: int = 0
     context: int = 0
     """Sum of the tokens they attend to, their own included."""
     longest: int = 0
@@ -87,7 +87,7 @@ class StepPlan:
     """Carried out after `swap_out` and before the work that needs it."""
 
     decodes: Decoding = NO_DECODES
-    """Sums over the first `decodes.count` of `work`, where the engine keeps them as aggregates: `work` then
+    """Sums over the first `decodes.seqs` of `work`, where the engine keeps them as aggregates: `work` then
     lists them only when asked, before the commit. What needs no list uses `decodes` and `items`."""
 
     def __bool__(self) -> bool:
@@ -102,12 +102,12 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        return self.decodes.count + sum(work.tokens for work in self.items)
+        return self.decodes.seqs + sum(work.tokens for work in self.items)
 
     @property
     def samples(self) -> int:
         """Tokens that the step yields."""
-        return self.decodes.count + sum(work.samples for work in self.items)
+        return self.decodes.seqs + sum(work.samples for work in self.items)
 
     @property
     def moved_blocks(self) -> int:

@@ -38,7 +38,7 @@ class Batch:
     @classmethod
     def of(cls, plan: StepPlan) -> Batch:
         steady = plan.decodes
-        rows = samples = decodes = steady.count
+        rows = samples = decodes = steady.seqs
         context, longest, pairs, prefill = steady.context, steady.longest, 0, 0
         for work in plan.items:
             n, end = work.tokens, work.start + work.tokens

@@ -44,7 +44,7 @@ class RecordedCost:
         """The recorded step of least distance in log space; the earliest among equals."""
         steady, items = plan.decodes, plan.items
         prefill = sum(work.tokens for work in items if work.tokens > 1)
-        decode = steady.count + sum(work.tokens for work in items if work.tokens == 1)
+        decode = steady.seqs + sum(work.tokens for work in items if work.tokens == 1)
         context = steady.context + sum(work.start + work.tokens for work in items)
         here = np.log1p([prefill, decode, context])
         return int(np.argmin(((self._shapes - here) ** 2).sum(axis=1)))

@@ -132,7 +132,7 @@ def together(policy: str, seeds: range) -> int:
         other, others, looked = play(seed, policy, aggregate=True)
         for one, two in zip(plans, others, strict=True):
             assert replace(two, decodes=one.decodes) == one
-            count += two.decodes.count
+            count += two.decodes.seqs
         assert seen == looked
         assert list(notes.requests) == list(other.requests), "they ended in another order"
         assert told(notes.requests) == told(other.requests)
