@@ -113,12 +113,15 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
         return TorchAttention()
     shape = KvShape.of(model.config, model.dtype, cfg.kv.block_size)
     why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"
-    if NativeAttention.suits(shape):
+    lacking = model.config.needs - NativeAttention.abilities
+    if lacking:
+        why = f"its attention has a {' and a '.join(sorted(lacking))}, which only plain torch computes"
+        console.say(f"The CPU kernels aren't used for '{cfg.model.name}': {why}.")
+    elif NativeAttention.suits(shape):
         kernels = library.load(cache_dir(cfg, os.environ), console.say)
         why = "see above"
         if kernels is not None and agrees(kernels, shape, model.config.heads):
-            widths = (model.config.hidden_size, model.config.intermediate_size)
-            if all(width % library.LANES == 0 for width in widths):
+            if all(width % library.LANES == 0 for width in model.config.widths):
                 model.decoder.ops = kernels
             return NativeAttention(kernels)
         if kernels is not None:

@@ -52,6 +52,12 @@ class TorchExecutor:
                 f"{self._attention.block_size_multiple}; kv.block_size is {block_size}"
             )
         config = model.config
+        lacking = config.needs - self._attention.abilities
+        if lacking:
+            raise ExecutorError(
+                f"attention '{self._attention.name}' doesn't compute the {' and the '.join(sorted(lacking))} "
+                f"of model '{model.spec.name}'; engine.attention=torch does"
+            )
         shape = KvShape.of(config, model.dtype, block_size)
         self.capacity = Capacity(
             blocks,

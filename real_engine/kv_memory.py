@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lab.errors import ExecutorError
 from real_engine.device import available_memory as device_memory
-from real_engine.models.config import DecoderConfig
+from real_engine.models.config import ModelShape
 
 _GIB = 1 << 30
 
@@ -31,7 +31,7 @@ class KvShape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: DecoderConfig, dtype: torch.dtype, block_size: int) -> KvShape:
+    def of(cls, config: ModelShape, dtype: torch.dtype, block_size: int) -> KvShape:
         return cls(config.layers, config.kv_heads, config.head_dim, block_size, dtype)
 
     @property

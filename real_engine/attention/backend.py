@@ -7,6 +7,7 @@ what flash-attn's varlen functions take, so a GPU backend needs no translation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from real_engine.kv_memory import KvMemory
+from real_engine.models.config import PLAIN, AttentionRule
 from real_engine.models.rope import RopeTable
 
 IntArray = NDArray[np.signedinteger[Any]]
@@ -39,12 +41,36 @@ class PackedBatch:
     sample_rows: IntArray
     """int64: rows whose logits are wanted, in plan order."""
 
+    @classmethod
+    def by_hand(
+        cls, chunks: Sequence[tuple[Sequence[int], int, Sequence[int]]], block_size: int
+    ) -> PackedBatch:
+        """A batch for checks: of each sequence its next token ids, how many came before them, and its blocks. All
+        rows are sampled."""
+        ids, starts, blocks = zip(*chunks, strict=True)
+        counts = np.array([len(part) for part in ids])
+        table = np.zeros((len(chunks), max(map(len, blocks))), np.int32)
+        for row, found in enumerate(blocks):
+            table[row, : len(found)] = found
+        owner = np.repeat(np.arange(len(chunks)), counts)
+        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+        return cls(
+            token_ids=np.concatenate([np.asarray(part, np.int64) for part in ids]),
+            positions=positions,
+            cu_seqlens_q=np.cumsum([0, *counts]).astype(np.int32),
+            seqlens_k=(np.array(starts) + counts).astype(np.int32),
+            block_table=table,
+            slot_mapping=table[owner, positions // block_size].astype(np.int64) * block_size
+            + positions % block_size,
+            sample_rows=np.arange(len(positions)),
+        )
+
 
 class PreparedAttention(Protocol):
     """Attention of one step."""
 
-    def forward(self, layer: int, qkv: Tensor, rope: RopeTable) -> Tensor:
-        """Rotate queries and keys, store keys and values at their slots, then attend.
+    def forward(self, layer: int, qkv: Tensor, rope: RopeTable | None, rule: AttentionRule = PLAIN) -> Tensor:
+        """Rotate queries and keys (not without `rope`), store keys and values at their slots, then attend.
 
         `qkv` `[T, heads + 2 * kv_heads, head_dim]` is the projection's own result and may be overwritten.
         All of the layer's keys and values are stored before any is read: a sequence may have a block in its
@@ -60,6 +86,8 @@ class AttentionBackend(Protocol):
     """As run manifests write it down; results differ in speed by several times between backends."""
     block_size_multiple: int
     """Block sizes must be a multiple of this (1 for any; flash-attn 2 needs 256)."""
+    abilities: frozenset[str]
+    """Which parts of an `AttentionRule` beyond its scale it computes: `window`, `softcap`."""
 
     def prepare(self, batch: PackedBatch, memory: KvMemory) -> PreparedAttention:
         """Do everything that is the same for all layers."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from real_engine.attention.backend import PackedBatch
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape
-from real_engine.models.config import Rope
+from real_engine.models.config import PLAIN, AttentionRule, Rope
 from real_engine.models.rope import RopeTable
 from real_engine.native.library import LANES, SUFFIX, Kernels
 
@@ -25,6 +25,7 @@ class NativeAttention:
 
     name = "native-paged"
     block_size_multiple = 1
+    abilities: frozenset[str] = frozenset()
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -48,11 +49,17 @@ class NativePrepared:
             for array in (batch.cu_seqlens_q, batch.seqlens_k, batch.block_table)
         )
 
-    def forward(self, layer: int, qkv: Tensor, rope: RopeTable) -> Tensor:
+    def forward(self, layer: int, qkv: Tensor, rope: RopeTable | None, rule: AttentionRule = PLAIN) -> Tensor:
         keys, values = self._memory.keys[layer], self._memory.values[layer]
         kv_heads, dim = keys.shape[2:]
-        self._kernels.rotate_and_store(qkv, rope.cos, rope.sin, self._positions, self._slots, keys, values)
-        q, scale = qkv[:, : qkv.shape[1] - 2 * kv_heads], 1 / math.sqrt(dim)
+        if rope is None:
+            for cache, heads in ((keys, slice(-2 * kv_heads, -kv_heads)), (values, slice(-kv_heads, None))):
+                cache.view(-1, kv_heads, dim).index_copy_(0, self._slots, qkv[:, heads])
+        else:
+            self._kernels.rotate_and_store(
+                qkv, rope.cos, rope.sin, self._positions, self._slots, keys, values
+            )
+        q, scale = qkv[:, : qkv.shape[1] - 2 * kv_heads], rule.scale or 1 / math.sqrt(dim)
         return self._kernels.attend(q, keys, values, self._starts, self._lengths, self._table, scale)
 
 

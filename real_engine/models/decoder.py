@@ -1,8 +1,8 @@
-"""The forward pass of a Llama-family decoder over packed tokens. Data plane; request path.
+"""The forward pass of a decoder over packed tokens. Data plane; request path.
 
 One function per layer and no modules: the three projections of attention are one product, gate and up
 another, and nothing is padded. Each step gives logits only for the rows that sample, since the head over a
-large vocabulary costs as much as several layers.
+large vocabulary costs as much as several layers. What families have and Llama hasn't is an optional part of a layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from real_engine.attention.backend import PackedBatch, PreparedAttention
 from real_engine.device import upload
-from real_engine.models.config import DecoderConfig
+from real_engine.models.config import AttentionRule, DecoderConfig
+from real_engine.models.feed_forward import Gated, Mixture
 from real_engine.models.linear import Linear
 from real_engine.models.ops import Ops, TorchOps
 from real_engine.models.rope import RopeTable
@@ -30,10 +31,13 @@ class _Layer:
     qkv: Linear
     qk_norm: Tensor | None
     """`[heads + kv_heads, head_dim]`: the norm's weight for each query and key head."""
+    rope: RopeTable
+    rule: AttentionRule
     output: Linear
+    attention_post_norm: Tensor | None
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Gated | Mixture
+    mlp_post_norm: Tensor | None
 
 
 class Decoder:
@@ -49,15 +53,18 @@ class Decoder:
         self._weights = weights
         c = config
         self._embedding = self._take("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
-        self._layers = [self._layer(f"model.layers.{i}") for i in range(c.layers)]
-        self._norm = self._take("model.norm.weight", c.hidden_size)
+        self._rope = RopeTable(c.rope, c.head_dim, c.max_context, dtype, device)
+        self._local_rope = self._rope
+        if c.local_rope is not None:
+            self._local_rope = RopeTable(c.local_rope, c.head_dim, c.max_context, dtype, device)
+        self._layers = [self._layer(i) for i in range(c.layers)]
+        self._norm = self._norm_weight("model.norm")
         head = (
             self._embedding
             if c.tied_embeddings
             else self._take("lm_head.weight", c.vocab_size, c.hidden_size)
         )
         self._head = Linear(head)
-        self._rope = RopeTable(c.rope, c.head_dim, c.max_context, dtype, device)
         del self._weights
 
     def forward(self, batch: PackedBatch, attention: PreparedAttention) -> Tensor:
@@ -71,6 +78,8 @@ class Decoder:
         c, ops = self.config, self.ops
         rotated = c.heads + c.kv_heads
         x = self._embedding[token_ids]  # [tokens, hidden]
+        if c.embedding_scale != 1:
+            x *= torch.tensor(c.embedding_scale, dtype=self.dtype)  # rounded to it, as the model was trained
         added: Tensor | None = None
         for number, layer in enumerate(self._layers):
             qkv = layer.qkv(ops.add_norm(x, added, layer.attention_norm, c.norm_eps))
@@ -78,39 +87,91 @@ class Decoder:
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qkv[:, :rotated], (c.head_dim,), None, c.norm_eps) * layer.qk_norm
                 qkv = torch.cat((qk, qkv[:, rotated:]), 1)
-            added = layer.output(attention.forward(number, qkv, self._rope))
-            gate_up = layer.gate_up(ops.add_norm(x, added, layer.mlp_norm, c.norm_eps))
-            added = layer.down(ops.silu_mul(gate_up))
+            added = layer.output(attention.forward(number, qkv, layer.rope, layer.rule))
+            if layer.attention_post_norm is not None:
+                added = ops.add_norm(added, None, layer.attention_post_norm, c.norm_eps)
+            added = layer.mlp.forward(ops.add_norm(x, added, layer.mlp_norm, c.norm_eps), ops)
+            if layer.mlp_post_norm is not None:
+                added = ops.add_norm(added, None, layer.mlp_post_norm, c.norm_eps)
         return x, added
 
     def logits(self, x: Tensor, added: Tensor | None, rows: Tensor) -> Tensor:
         """What `hidden` gave, through the final norm and the head: float32 `[rows, vocab_size]`."""
         last, left = x[rows], None if added is None else added[rows]
-        return self._head(self.ops.add_norm(last, left, self._norm, self.config.norm_eps)).float()
+        found = self._head(self.ops.add_norm(last, left, self._norm, self.config.norm_eps)).float()
+        cap = self.config.final_softcap
+        return found if cap is None else found.div_(cap).tanh_().mul_(cap)
 
     def _take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self.device, self.dtype)
 
-    def _layer(self, prefix: str) -> _Layer:
-        c = self.config
+    def _norm_weight(self, name: str, width: int | None = None) -> Tensor:
+        weight = self._weights.take(f"{name}.weight", width or self.config.hidden_size)
+        if self.config.norm_offset:
+            weight = weight.float() + self.config.norm_offset
+        return weight.to(self.device, self.dtype)
+
+    def _layer(self, number: int) -> _Layer:
+        c, prefix = self.config, f"model.layers.{number}"
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        attention = f"{prefix}.self_attn"
         qkv = [(f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv)]
-        gate_up = [(f"{mlp}.gate_proj", c.intermediate_size), (f"{mlp}.up_proj", c.intermediate_size)]
         qk_norm: Tensor | None = None
         if c.qk_norm:
             query, key = (
-                self._take(f"{attention}.{name}.weight", c.head_dim) for name in ("q_norm", "k_norm")
+                self._norm_weight(f"{attention}.{name}", c.head_dim) for name in ("q_norm", "k_norm")
             )
             qk_norm = torch.cat((query.expand(c.heads, -1), key.expand(c.kv_heads, -1)))
+        # With post-norms, the norm that other families call `post_attention` is one, and theirs is `pre_feedforward`.
+        after, before = "post_attention_layernorm", "pre_feedforward_layernorm"
+        rule = c.rule(number)
         return _Layer(
-            attention_norm=self._take(f"{prefix}.input_layernorm.weight", c.hidden_size),
+            attention_norm=self._norm_weight(f"{prefix}.input_layernorm"),
             qkv=self._linear(qkv, c.hidden_size, c.qkv_bias),
             qk_norm=qk_norm,
+            rope=self._rope if rule.window is None else self._local_rope,
+            rule=rule,
             output=self._linear([(f"{attention}.o_proj", c.hidden_size)], q, c.output_bias),
-            mlp_norm=self._take(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
-            gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias),
-            down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+            attention_post_norm=self._norm_weight(f"{prefix}.{after}") if c.post_norms else None,
+            mlp_norm=self._norm_weight(f"{prefix}.{before if c.post_norms else after}"),
+            mlp=self._mixture(prefix)
+            if number in c.sparse_layers
+            else self._gated(f"{prefix}.mlp", c.intermediate_size),
+            mlp_post_norm=self._norm_weight(f"{prefix}.post_feedforward_layernorm") if c.post_norms else None,
+        )
+
+    def _gated(
+        self, prefix: str, width: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    ) -> Gated:
+        c = self.config
+        gate, up, down = (f"{prefix}.{name}" for name in names)
+        return Gated(
+            gate_up=self._linear([(gate, width), (up, width)], c.hidden_size, c.mlp_bias),
+            down=self._linear([(down, c.hidden_size)], width, c.mlp_bias),
+            activation=c.activation,
+        )
+
+    def _mixture(self, layer: str) -> Mixture:
+        found = self.config.experts
+        assert found is not None
+        block, *names = found.names
+        prefix, hidden = f"{layer}.{block}", self.config.hidden_size
+        gate, up, down = names
+        shared: tuple[Linear, Gated] | None = None
+        if found.shared_size is not None:
+            shared = (
+                self._linear([(f"{prefix}.shared_expert_gate", 1)], hidden, False),
+                self._gated(f"{prefix}.shared_expert", found.shared_size),
+            )
+        return Mixture(
+            router=self._linear([(f"{prefix}.gate", found.count)], hidden, False),
+            experts=[
+                self._gated(f"{prefix}.experts.{i}", found.intermediate_size, (gate, up, down))
+                for i in range(found.count)
+            ],
+            per_token=found.per_token,
+            renormalized=found.renormalized,
+            shared=shared,
         )
 
     def _linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Linear:

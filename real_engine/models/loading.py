@@ -13,8 +13,9 @@ import torch
 from lab.errors import ModelError, UnknownNameError
 from real_engine import device
 from real_engine.models import smollm2, tiny
-from real_engine.models.config import DecoderConfig, parse_config, read_config
+from real_engine.models.config import DecoderConfig
 from real_engine.models.decoder import Decoder
+from real_engine.models.families import parse_config, read_config
 from real_engine.models.spec import ModelSpec
 from real_engine.models.weights import CheckpointWeights, TensorWeights, Weights
 

@@ -30,7 +30,17 @@ SMALL = {
 
 def families() -> dict[str, Any]:
     """A small configuration of each family, with the features that set it apart."""
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        Gemma2Config,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        MixtralConfig,
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     llama3 = {
         "rope_type": "llama3",
@@ -47,6 +57,55 @@ def families() -> dict[str, Any]:
         "qwen2": Qwen2Config(**SMALL),
         "qwen3": Qwen3Config(**SMALL, head_dim=20),
         "mistral": MistralConfig(**SMALL, sliding_window=None),
+        "mistral_window": MistralConfig(**SMALL, sliding_window=13),
+        "qwen2_window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+        "qwen3_window": Qwen3Config(
+            **SMALL,
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        # Caps low enough to bend every score, and a query scale that is not the usual one.
+        "gemma2": Gemma2Config(
+            **SMALL,
+            head_dim=16,
+            sliding_window=11,
+            query_pre_attn_scalar=9,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=5.0,
+        ),
+        "gemma3": Gemma3TextConfig(
+            **(SMALL | {"num_hidden_layers": 3}),
+            head_dim=16,
+            sliding_window=7,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            query_pre_attn_scalar=24,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1_000.0},
+            },
+        ),
+        "mixtral": MixtralConfig(**SMALL, num_local_experts=5, num_experts_per_tok=2),
+        "qwen2_moe": Qwen2MoeConfig(
+            **(SMALL | {"num_hidden_layers": 3}),
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=40,
+            mlp_only_layers=[0],
+            use_sliding_window=True,
+            sliding_window=10,
+            max_window_layers=2,
+        ),
+        "qwen3_moe": Qwen3MoeConfig(
+            **SMALL,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        ),
     }
 
 

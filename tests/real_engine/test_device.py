@@ -20,8 +20,8 @@ from real_engine import device
 from real_engine.attention.backend import AttentionBackend, PackedBatch
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape, copy_runs, runs
-from real_engine.models.config import parse_config
 from real_engine.models.decoder import Decoder
+from real_engine.models.families import parse_config
 from real_engine.models.tiny import CONFIG, tiny_weights
 from real_engine.models.weights import TensorWeights
 

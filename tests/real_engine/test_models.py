@@ -109,12 +109,6 @@ def test_an_unknown_dtype(model: Path) -> None:
         load_model(ModelSpec(str(model), "float8"), cache_dir=model)
 
 
-def test_a_sliding_window_bounds_the_context(model: Path) -> None:
-    edit(model, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=100)
-    loaded = load_model(ModelSpec(str(model), "float32"), cache_dir=model)
-    assert loaded.config.max_context == 100
-
-
 def test_sharded_weights_load_as_whole_ones_do(model: Path) -> None:
     from safetensors.torch import load_file, save_file
 
