@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from lab.assembly import ControlPlane
-from lab.backend import Backend, Drive, Progress, kv_blocks
+from lab.backend import Backend, Drive, Progress
 from lab.config import Config, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
@@ -62,6 +62,7 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         raise ModelError(
             "the real engine needs torch, which isn't installed: pip install 'diptych[engine]' (or backend=sim)"
         )
+    from real_engine import cuda
     from real_engine.device import choose
     from real_engine.executor import TorchExecutor
     from real_engine.models.loading import load_model
@@ -70,14 +71,16 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
     where = choose(cfg.engine.device).type
     spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads, device=where)
     model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
+    attention = _attention(cfg, model, console)
     executor = TorchExecutor(
         model,
-        attention=_attention(cfg, model, console),
-        blocks=kv_blocks(cfg),
+        attention=attention,
+        blocks=cuda.blocks(cfg, model, attention),
         block_size=cfg.kv.block_size,
         host_blocks=cfg.kv.host_blocks,
         transfer_gb_s=cfg.kv.transfer_gb_s,
     )
+    cuda.record(cfg, executor, model)
     online, recorded, about = cfg.engine.mode == "online", None, dict(executor.about)
     if cfg.engine.mode == "replay":
         recorded, name = _recorded(cfg, model)
@@ -102,6 +105,7 @@ def _recorded(cfg: Config, model: LoadedModel) -> tuple[Recorded, str]:
 
 def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBackend:
     """Our own kernels where they can be built, suit the model and agree with plain torch; else plain torch."""
+    from real_engine import cuda
     from real_engine.attention.native_cpu import NativeAttention, agrees
     from real_engine.attention.torch_cpu import TorchAttention
     from real_engine.kv_memory import KvShape
@@ -109,8 +113,8 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
 
     if cfg.engine.attention == "torch":
         return TorchAttention()
-    if model.decoder.device.type != "cpu":
-        return TorchAttention()
+    if model.decoder.device.type != "cpu" or cfg.engine.attention == "flash":
+        return cuda.attention(cfg, model, console)
     shape = KvShape.of(model.config, model.dtype, cfg.kv.block_size)
     why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"
     lacking = model.config.needs - NativeAttention.abilities

@@ -17,8 +17,9 @@ from lab.control.plan import StepPlan, StepResult
 from lab.control.request import RequestId
 from lab.errors import ExecutorError
 from real_engine import device
-from real_engine.attention.backend import AttentionBackend
+from real_engine.attention.backend import AttentionBackend, GraphableAttention
 from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.graphs import DecodeGraphs, GraphDevice
 from real_engine.kv_memory import KvMemory, KvShape
 from real_engine.models.linear import packed_available
 from real_engine.models.loading import LoadedModel
@@ -80,7 +81,20 @@ class TorchExecutor:
             max_context=config.max_context,
             vocab_size=config.vocab_size,
         )
+        self._graphs: DecodeGraphs | None = None
         self._closed = False
+
+    def record(self, graphs: GraphDevice, *, most: int) -> None:
+        """Record decode steps of up to `most` sequences as graphs, where the attention allows it: before any step."""
+        if isinstance(self._attention, GraphableAttention):
+            self._graphs = DecodeGraphs(
+                self._model.decoder,
+                self._attention,
+                self._memory,
+                graphs,
+                most=most,
+                max_context=self.capacity.max_context,
+            )
 
     @property
     def about(self) -> Mapping[str, object]:
@@ -90,6 +104,7 @@ class TorchExecutor:
             "dtype": self._model.spec.dtype,
             "device": device.describe(self._device),
             "attention": self._attention.name,
+            "graphs": 0 if self._graphs is None else len(self._graphs.sizes),
             "linear": "onednn-packed" if packed_available() and self._device.type == "cpu" else "torch",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -109,9 +124,16 @@ class TorchExecutor:
             return StepResult((), prepare_ns=perf_counter_ns() - started, transfer_ns=transfer_ns)
         with torch.inference_mode():
             batch, names, params, positions = self._sequences.pack(plan)
-            attention = self._attention.prepare(batch, self._memory)
-            prepared = perf_counter_ns()
-            logits = self._model.decoder.forward(batch, attention)
+            decoder = self._model.decoder
+            replay = None if self._graphs is None else self._graphs.load(batch)
+            if replay is None:
+                attention = self._attention.prepare(batch, self._memory)
+                prepared = perf_counter_ns()
+                logits = decoder.forward(batch, attention)
+            else:
+                (rows,) = device.upload(self._device, batch.sample_rows)
+                prepared = perf_counter_ns()
+                logits = decoder.logits(*replay(), rows)
             device.synchronize(self._device)
             forwarded = perf_counter_ns()
             tokens, logprobs = sample(logits, names, params, positions)
@@ -142,6 +164,7 @@ class TorchExecutor:
     def close(self) -> None:
         """Give back the KV cache. May be called twice."""
         self._closed = True
+        self._graphs = None
         self._memory.free()
         if self._host is not None:
             self._host.free()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,20 @@ class PackedBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """What a step of one token a sequence says of itself, as tensors on the device. `B` sequences."""
+
+    positions: Tensor
+    """int64 `[B]`."""
+    slots: Tensor
+    """int64 `[B]`: as `PackedBatch.slot_mapping`; -1 for a row that only pads: its key and value go nowhere."""
+    lengths: Tensor
+    """int32 `[B]`: as `PackedBatch.seqlens_k`; 0 for a row that only pads: it attends to nothing."""
+    table: Tensor
+    """int32 `[B, most blocks]`."""
+
+
 class PreparedAttention(Protocol):
     """Attention of one step."""
 
@@ -91,4 +105,13 @@ class AttentionBackend(Protocol):
 
     def prepare(self, batch: PackedBatch, memory: KvMemory) -> PreparedAttention:
         """Do everything that is the same for all layers."""
+        ...
+
+
+@runtime_checkable
+class GraphableAttention(AttentionBackend, Protocol):
+    """One whose decode steps can be recorded and done again with other numbers in the same tensors."""
+
+    def prepare_static(self, rows: DecodeRows, memory: KvMemory) -> PreparedAttention:
+        """A step of decodes that reads `rows` whenever it is done, never on the host."""
         ...

@@ -6,19 +6,23 @@ would on CUDA. The device called `lazy` is one that a CPU build of torch lets th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab.errors import ExecutorError
 from real_engine import device
 from real_engine.attention.backend import AttentionBackend, PackedBatch
+from real_engine.attention.flash import FlashAttention, FlashFunctions
 from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.graphs import DecodeGraphs
 from real_engine.kv_memory import KvMemory, KvShape, copy_runs, runs
 from real_engine.models.decoder import Decoder
 from real_engine.models.families import parse_config
@@ -54,16 +58,62 @@ def mixed_batch(size: int) -> PackedBatch:
     )
 
 
-@pytest.mark.parametrize("attention", [TorchAttention()], ids=lambda a: a.name)
+def decode_batch(size: int) -> PackedBatch:
+    """Three sequences with one new token each."""
+    lengths = np.array([size + 7, 2, size])
+    return PackedBatch(
+        token_ids=np.arange(3),
+        positions=lengths - 1,
+        cu_seqlens_q=np.arange(4, dtype=np.int32),
+        seqlens_k=lengths.astype(np.int32),
+        block_table=np.array([[0, 1], [2, 0], [3, 0]], np.int32),
+        slot_mapping=np.array([size + 6, 2 * size + 1, 4 * size - 1]),
+        sample_rows=np.arange(3),
+    )
+
+
+def far_kernel(q: Tensor, *cache: Tensor, **others: Any) -> Tensor:
+    """Stands in for flash-attn: everything it gets must be where `q` is, and of its types."""
+    assert {x.device for x in (q, *cache)} == {FAR}
+    for name, value in others.items():
+        if isinstance(value, Tensor):
+            assert (value.device, value.dtype) == (FAR, torch.int32), name
+    return torch.empty_like(q)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [TorchAttention(), FlashAttention(FlashFunctions(far_kernel, far_kernel))],
+    ids=lambda a: a.name,
+)
 def test_every_tensor_of_a_step_is_on_the_models_device(fakes: None, attention: AttentionBackend) -> None:
     config = parse_config(CONFIG, "tiny")
     decoder = Decoder(config, TensorWeights(tiny_weights(0), "tiny"), torch.bfloat16, FAR)
-    memory = KvMemory(KvShape.of(config, torch.bfloat16, 16), 8, FAR)
-    batch = mixed_batch(16)
-    logits = decoder.forward(batch, attention.prepare(batch, memory))
-    assert logits.shape == (3, config.vocab_size)
-    assert logits.device == FAR
+    size = max(16, attention.block_size_multiple)
+    memory = KvMemory(KvShape.of(config, torch.bfloat16, size), 8, FAR)
+    for batch in (mixed_batch(size), decode_batch(size)):
+        logits = decoder.forward(batch, attention.prepare(batch, memory))
+        assert logits.shape == (3, config.vocab_size)
+        assert logits.device == FAR
     assert {t.device for t in (*memory.keys, *memory.values)} == {FAR}
+
+
+def test_graphs_read_tensors_of_the_models_device(fakes: None) -> None:
+    config = parse_config(CONFIG, "tiny")
+    decoder = Decoder(config, TensorWeights(tiny_weights(0), "tiny"), torch.bfloat16, FAR)
+    memory = KvMemory(KvShape.of(config, torch.bfloat16, 256), 8, FAR)
+    attention = FlashAttention(FlashFunctions(far_kernel, far_kernel))
+
+    class Once:
+        def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+            return run(), lambda: None
+
+    graphs = DecodeGraphs(decoder, attention, memory, Once(), most=4, max_context=2048)
+    run = graphs.load(decode_batch(256))
+    assert run is not None
+    x, added = run()
+    assert added is not None
+    assert (x.device, added.device, len(x)) == (FAR, FAR, 4)
 
 
 def test_a_tensor_left_on_the_host_would_be_noticed(fakes: None) -> None:
