@@ -13,6 +13,7 @@ from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.executor import TorchExecutor
 from real_engine.graphs import CudaGraphs
 from real_engine.kv_memory import KvShape
+from real_engine.models.config import PLAIN
 from real_engine.models.loading import LoadedModel
 from real_engine.profiling import blocks_within, largest_batch, measure
 
@@ -35,7 +36,8 @@ def attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBac
         if functions is not None:
             store, missing = flash.triton_store()
             found = flash.FlashAttention(functions, store)
-            if agrees(found, shape, model.config.heads, device):
+            rules = model.config.attention or (PLAIN,)
+            if agrees(found, shape, model.config.heads, device, rules):
                 if missing:
                     console.say(f"Keys and values are stored by plain torch: {missing}.")
                 return found

@@ -85,8 +85,8 @@ class TorchExecutor:
         self._closed = False
 
     def record(self, graphs: GraphDevice, *, most: int) -> None:
-        """Record decode steps of up to `most` sequences as graphs, where the attention allows it: before any step."""
-        if isinstance(self._attention, GraphableAttention):
+        """Before any step: record decode steps of up to `most` sequences as graphs, where attention and model allow."""
+        if isinstance(self._attention, GraphableAttention) and self._model.decoder.recordable:
             self._graphs = DecodeGraphs(
                 self._model.decoder,
                 self._attention,

@@ -5,22 +5,31 @@ A kernel that is wrong on some processor would spoil results in silence.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
 from real_engine.attention.backend import AttentionBackend, PackedBatch
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape
-from real_engine.models.config import Rope
+from real_engine.models.config import PLAIN, AttentionRule, Rope
 from real_engine.models.rope import RopeTable
 
 
-def agrees(attention: AttentionBackend, shape: KvShape, heads: int, device: torch.device) -> bool:
-    """One layer of decodes and prompt chunks together, and one of decodes alone, against `TorchAttention`."""
+def agrees(
+    attention: AttentionBackend,
+    shape: KvShape,
+    heads: int,
+    device: torch.device,
+    rules: Iterable[AttentionRule] = (PLAIN,),
+) -> bool:
+    """Layers of these rules, on decodes and prompt chunks together and on decodes alone, against `TorchAttention`."""
     size = shape.block_size
     mixed = [(3 * size + 1, 1), (5, 5), (2 * size, 7), (1, 1)]
     decodes = [(3 * size + 1, 1), (2 * size, 1), (1, 1)]
-    return all(_same(attention, shape, heads, device, batch) for batch in (mixed, decodes))
+    cases = [(batch, rule) for batch in (mixed, decodes) for rule in dict.fromkeys(rules)]
+    return all(_same(attention, shape, heads, device, *case) for case in cases)
 
 
 def _same(
@@ -29,6 +38,7 @@ def _same(
     heads: int,
     device: torch.device,
     sequences: list[tuple[int, int]],
+    rule: AttentionRule,
 ) -> bool:
     """`sequences` are (context, new tokens) of each."""
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +73,7 @@ def _same(
         RopeTable(Rope(), shape.head_dim, max(lengths), shape.dtype, device),
     )
     outputs = [
-        backend.prepare(batch, memory).forward(0, qkv.clone(), rope).float()
+        backend.prepare(batch, memory).forward(0, qkv.clone(), rope, rule).float()
         for backend, memory in zip((TorchAttention(), attention), memories, strict=True)
     ]
     atol = 2e-5 if shape.dtype == torch.float32 else 2e-2

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from real_engine.attention.flash_reference import PAGE_MULTIPLE, RELEASE
 from real_engine.attention.store import Store, rotate_and_store
 from real_engine.device import upload
 from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.config import PLAIN, AttentionRule
 from real_engine.models.rope import RopeTable
 
 NO_WINDOW = (-1, -1)
@@ -43,6 +45,7 @@ class FlashAttention:
 
     name = "flash-attn-2"
     block_size_multiple = PAGE_MULTIPLE
+    abilities = frozenset(("window", "softcap"))
 
     def __init__(self, functions: FlashFunctions, store: Store = rotate_and_store) -> None:
         self._functions, self._store = functions, store
@@ -97,22 +100,25 @@ class FlashPrepared:
         self._functions, self._store, self._memory = functions, store, memory
         self._rows, self._chunks = rows, chunks
 
-    def forward(self, layer: int, qkv: Tensor, rope: RopeTable) -> Tensor:
+    def forward(self, layer: int, qkv: Tensor, rope: RopeTable | None, rule: AttentionRule = PLAIN) -> Tensor:
         keys, values = self._memory.keys[layer], self._memory.values[layer]
         rows, chunks = self._rows, self._chunks
         q = self._store(qkv, rope, rows.positions, rows.slots, keys, values)
-        scale = 1 / math.sqrt(q.shape[-1])
+        how: dict[str, Any] = {
+            "softmax_scale": rule.scale or 1 / math.sqrt(q.shape[-1]),
+            "causal": True,
+            # flash-attn counts the tokens before a query, the rule the query's own too.
+            "window_size": NO_WINDOW if rule.window is None else (rule.window - 1, 0),
+            "softcap": rule.softcap or 0.0,
+            "block_table": rows.table,
+        }
         if chunks is None:
             out = self._functions.kvcache(
                 q.unsqueeze(1),  # [sequences, 1, heads, head_dim]
                 keys,
                 values,
                 cache_seqlens=rows.lengths,
-                block_table=rows.table,
-                softmax_scale=scale,
-                causal=True,
-                window_size=NO_WINDOW,
-                softcap=0.0,
+                **how,
             )
         else:
             out = self._functions.varlen(
@@ -123,11 +129,7 @@ class FlashPrepared:
                 cu_seqlens_k=chunks.contexts,
                 max_seqlen_q=chunks.longest,
                 max_seqlen_k=chunks.longest_context,
-                softmax_scale=scale,
-                causal=True,
-                window_size=NO_WINDOW,
-                softcap=0.0,
-                block_table=rows.table,
+                **how,
             )
         return out.reshape(len(qkv), -1)
 

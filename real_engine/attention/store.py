@@ -18,9 +18,16 @@ class Store(Protocol):
     """One way to do it."""
 
     def __call__(
-        self, qkv: Tensor, rope: RopeTable, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+        self,
+        qkv: Tensor,
+        rope: RopeTable | None,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
     ) -> Tensor:
-        """The rotated queries `[tokens, heads, head_dim]`; keys, rotated, and values go to one layer's cache.
+        """The rotated queries `[tokens, heads, head_dim]`; keys, rotated, and values go to one layer's cache. Without
+        `rope` nothing is rotated.
 
         `qkv` `[tokens, heads + 2 * kv_heads, head_dim]`; int64 `positions` and `slots` `[tokens]`, a slot being
         block * block_size + offset, or -1: that token's key and value go nowhere. `keys` and `values`
@@ -30,12 +37,14 @@ class Store(Protocol):
 
 
 def rotate_and_store(
-    qkv: Tensor, rope: RopeTable, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    qkv: Tensor, rope: RopeTable | None, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """As `Store` says. The first token must have a slot, unless the cache holds nothing yet."""
     kv_heads, dim = keys.shape[2:]
     heads = qkv.shape[1] - 2 * kv_heads
-    qk = rotate(qkv[:, : heads + kv_heads], *rope.at(positions))
+    qk = qkv[:, : heads + kv_heads]
+    if rope is not None:
+        qk = rotate(qk, *rope.at(positions))
     # A token without a slot writes once more what the first token writes: dropping it would take a shape that
     # depends on the numbers, which a graph can't have, and a spare slot would take a block of the cache.
     nowhere = slots < 0

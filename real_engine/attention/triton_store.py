@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from real_engine.attention import store
 from real_engine.models.rope import RopeTable
 
 
@@ -69,9 +70,11 @@ def _rotate_and_store(
 
 
 def rotate_and_store(
-    qkv: Tensor, rope: RopeTable, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    qkv: Tensor, rope: RopeTable | None, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """As `real_engine.attention.store.Store` says. Computes in float32 and rounds once."""
+    if rope is None:
+        return store.rotate_and_store(qkv, rope, positions, slots, keys, values)
     tokens = len(qkv)
     kv_heads, dim = keys.shape[2:]
     heads = qkv.shape[1] - 2 * kv_heads

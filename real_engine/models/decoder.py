@@ -72,6 +72,11 @@ class Decoder:
         token_ids, rows = upload(self.device, batch.token_ids, batch.sample_rows)
         return self.logits(*self.hidden(token_ids, attention), rows)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether `hidden` does the same operations whatever the numbers; a mixture looks up who was chosen."""
+        return not self.config.sparse_layers
+
     def hidden(self, token_ids: Tensor, attention: PreparedAttention) -> tuple[Tensor, Tensor | None]:
         """All layers over the tokens, int64 `[tokens]`: the residual stream and what the last layer adds to it,
         both `[tokens, hidden]`. Reads nothing on the host, so that a device can record it."""

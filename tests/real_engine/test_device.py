@@ -28,6 +28,7 @@ from real_engine.models.decoder import Decoder
 from real_engine.models.families import parse_config
 from real_engine.models.tiny import CONFIG, tiny_weights
 from real_engine.models.weights import TensorWeights
+from tests.real_engine.reference import families
 
 FAR = torch.device("lazy")
 
@@ -96,6 +97,24 @@ def test_every_tensor_of_a_step_is_on_the_models_device(fakes: None, attention: 
         assert logits.shape == (3, config.vocab_size)
         assert logits.device == FAR
     assert {t.device for t in (*memory.keys, *memory.values)} == {FAR}
+
+
+class AnyWeights:
+    """Every tensor that is asked for, without numbers."""
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return torch.zeros(shape)
+
+
+# A mixture of experts looks at its router's choice on the host, which fake tensors can't be asked.
+@pytest.mark.parametrize("family", [name for name in families() if "moe" not in name and name != "mixtral"])
+def test_every_family_computes_on_the_models_device(fakes: None, family: str) -> None:
+    config = parse_config(families()[family].to_dict() | {"torch_dtype": None}, family)
+    decoder = Decoder(config, AnyWeights(), torch.bfloat16, FAR)
+    for attention in (TorchAttention(), FlashAttention(FlashFunctions(far_kernel, far_kernel))):
+        memory = KvMemory(KvShape.of(config, torch.bfloat16, 256), 8, FAR)
+        for batch in (mixed_batch(256), decode_batch(256)):
+            assert decoder.forward(batch, attention.prepare(batch, memory)).device == FAR
 
 
 def test_graphs_read_tensors_of_the_models_device(fakes: None) -> None:

@@ -37,6 +37,7 @@ from real_engine.attention.flash import (
 from real_engine.attention.flash_reference import PAGE_MULTIPLE, SIGNATURES
 from real_engine.executor import TorchExecutor
 from real_engine.kv_memory import KvShape
+from real_engine.models.config import PLAIN, AttentionRule
 from tests.real_engine.reference import assert_greedy, both, serve
 
 REFERENCE = FlashFunctions(flash_reference.flash_attn_varlen_func, flash_reference.flash_attn_with_kvcache)
@@ -206,7 +207,8 @@ def test_the_reference_refuses_what_the_kernels_refuse(changes: dict[str, Any], 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backend_attends_and_stores_as_plain_torch_does(dtype: torch.dtype) -> None:
     shape = KvShape(1, 2, 16, 256, dtype)
-    assert agrees(FlashAttention(REFERENCE), shape, 6, CPU)
+    rules = [PLAIN, AttentionRule(window=300), AttentionRule(0.3, 1, 4.0), AttentionRule(softcap=1.0)]
+    assert agrees(FlashAttention(REFERENCE), shape, 6, CPU, rules)
 
 
 def test_the_check_at_start_notices_a_kernel_that_is_wrong() -> None:
@@ -225,7 +227,7 @@ def test_the_check_at_start_notices_a_kernel_that_is_wrong() -> None:
     assert not agrees(FlashAttention(REFERENCE, misplaced), shape, 6, CPU)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral_window", "gemma2", "gemma3", "qwen2_moe"])
 def test_tokens_are_those_of_transformers(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     ours, theirs = both(family, tmp_path_factory.mktemp("flash"))
     called = {"varlen": 0, "kvcache": 0}

@@ -122,8 +122,9 @@ def test_prompts_and_batches_beyond_the_largest_run_eagerly(model: LoadedModel) 
     assert graphs.load(decodes(4, 0)) is not None
 
 
-def test_tokens_through_graphs_are_those_of_transformers(tmp_path: Path) -> None:
-    ours, theirs = both("llama", tmp_path)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_tokens_through_graphs_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    ours, theirs = both(family, tmp_path)
     device = RecordingDevice()
     executor = TorchExecutor(ours, blocks=BLOCKS, block_size=SIZE, attention=recorded_flash(device))
     executor.record(device, most=4)
@@ -145,6 +146,14 @@ def test_reading_on_the_host_cannot_be_recorded() -> None:
     x = torch.ones(3)
     with pytest.raises(RuntimeError, match="reads on the host"):
         device.capture(lambda: x.sum().item())
+
+
+def test_a_mixture_of_experts_reads_on_the_host_and_has_no_graphs(tmp_path: Path) -> None:
+    ours, _ = both("mixtral", tmp_path)
+    device = RecordingDevice()
+    executor = TorchExecutor(ours, blocks=BLOCKS, block_size=SIZE, attention=recorded_flash(device))
+    executor.record(device, most=4)
+    assert executor.about["graphs"] == 0
 
 
 def test_plain_torch_attention_reads_the_batch_on_the_host_and_has_no_graphs(model: LoadedModel) -> None:
