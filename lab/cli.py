@@ -67,9 +67,8 @@ def guarded(body: Callable[[], int | None]) -> int:
         with interrupts.terminable():
             return body() or 0
     except KeyboardInterrupt:
-        if (
-            getattr(sys.modules.get("__main__"), "__spec__", None) is not None
-        ):  # python -m: we are the program
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        if spec is not None and spec.name.startswith("lab."):  # nothing comes after us
             interrupts.deaf()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

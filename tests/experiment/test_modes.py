@@ -176,7 +176,7 @@ def test_what_a_replay_is_not_asked_is_refused(recordings: Path) -> None:
 
 
 def test_a_replay_that_is_interrupted_keeps_what_it_measured(tmp_path: Path) -> None:
-    shape = ["trace=poisson", "trace.n=3000", "trace.rate=300", "trace.prompt.mean=64"]
+    shape = ["trace=poisson", "trace.n=1200", "trace.rate=300", "trace.prompt.mean=64"]
     sim = ["backend=sim", "model=tiny", *shape, "run.dir=sim"]
     assert run(sim, tmp_path).returncode == 0
     words = ["backend=real", "model=tiny", "engine.mode=replay", "engine.replay=sim", "run.dir=out"]
