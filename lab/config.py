@@ -253,6 +253,8 @@ DTYPES = ("bfloat16", "float32")
 OUTPUT_LENGTHS = ("forced", "stop")
 ATTENTION = ("auto", "native", "flash", "torch")
 DEVICES = ("auto", "cpu", "cuda")
+MOST_BLOCKS = (1 << 31) - 1
+MOST_REPLICAS = 10_000
 MODES = ("stepped", "online", "replay")
 
 
@@ -355,6 +357,11 @@ def validate(cfg: Config) -> None:
     _at_least("engine.chunk", cfg.engine.chunk, 1)
     _at_least("engine.threads", cfg.engine.threads, 1)
     _at_least("kv.blocks", cfg.kv.blocks, 1)
+    for key, count in (("kv.blocks", cfg.kv.blocks), ("kv.host_blocks", cfg.kv.host_blocks)):
+        if count is not None and count > MOST_BLOCKS:
+            raise ConfigError(
+                f"{key} is {count}; expected at most {MOST_BLOCKS}, since a block's number has 32 bits."
+            )
     _at_least("kv.block_size", cfg.kv.block_size, 1)
     _at_least("kv.host_blocks", cfg.kv.host_blocks, 0)
     _positive("kv.transfer_gb_s", cfg.kv.transfer_gb_s)
@@ -420,6 +427,10 @@ def _fleet(cfg: Config) -> None:
     _at_least("fleet.replicas", fleet.replicas, 1)
     if fleet.most is not None and fleet.most < fleet.replicas:
         raise ConfigError(f"fleet.most is {fleet.most}; expected at least fleet.replicas, {fleet.replicas}.")
+    if max(fleet.most or 0, fleet.replicas) > MOST_REPLICAS:
+        raise ConfigError(
+            f"fleet asks for {max(fleet.most or 0, fleet.replicas)} replicas; expected at most {MOST_REPLICAS}."
+        )
     for key in ("cold_start_s", "refresh_ms", "noise"):
         value = getattr(fleet, key)
         if not (value >= 0 and math.isfinite(value)):

@@ -63,18 +63,20 @@ class KvMemory:
         if available is not None and needed > available:
             raise _too_large(shape, blocks, available)
         size = (blocks, shape.block_size, shape.kv_heads, shape.head_dim)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         try:
             # Zeros and not just memory: a masked position has weight 0, and 0 times a NaN left there is NaN.
-            self.keys, self.values = (
-                [
-                    torch.zeros(size, dtype=shape.dtype, device=self.device, pin_memory=pinned)
-                    for _ in range(shape.layers)
-                ]
-                for _ in range(2)
-            )
+            for _ in range(shape.layers):
+                for tensors in (self.keys, self.values):
+                    tensors.append(
+                        torch.zeros(size, dtype=shape.dtype, device=self.device, pin_memory=pinned)
+                    )
         except (RuntimeError, MemoryError) as error:
+            # Whatever the system had promised: what could be had is what there is.
+            had = needed * (len(self.keys) + len(self.values)) // (2 * shape.layers)
             self.free()
-            raise _too_large(shape, blocks, available) from error
+            raise _too_large(shape, blocks, had if available is None else min(available, had)) from error
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request
 from lab.control.step import Limits
-from lab.errors import ConfigError, ReplayError
+from lab.errors import ConfigError, ModelError, ReplayError
 from sim.cost.linear import FORMAT, LinearCost
 from sim.cost.model import CostModel
 from sim.cost.replay import RecordedCost
@@ -63,6 +63,10 @@ class SimBackend:
 
 def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
     """A simulator for this configuration: replayed durations, or the fit that belongs to the real engine."""
+    if cfg.model.name.startswith(("/", "~", ".")) and not Path(cfg.model.name).expanduser().is_dir():
+        raise ModelError(
+            f"model '{cfg.model.name}' is no directory; expected one that is there, smollm2, tiny, or a hub id"
+        )
     if cfg.cost.name == "replay":
         from lab.analysis.runs import load
 

@@ -47,8 +47,8 @@ EPOCHS = (  # policy, eviction, preemption, what becomes of the victim's KV
     ("sarathi", "gdsf", "least_progress", "recompute"),
     ("lpm", "radix_lru", "last", "swap"),
 )
-WARM_UP = 0.25
-"""Of the time: caches fill, allocators settle."""
+WARM_UP, SETTLED = 0.25, 5_000
+"""Of the time, and requests at least: caches fill (oneDNN keeps a kernel for each of a thousand batch sizes)."""
 FLAT = 4 << 20
 EACH = 256
 """Bytes of resident memory that may come on top after the warm-up: once, and for each request served."""
@@ -239,7 +239,8 @@ class Soak:
 
     def verdict(self) -> str:
         """One line. Raises AssertionError when memory grew."""
-        measured = [point for point in self.memory if point[0] >= WARM_UP * self._seconds]
+        late = WARM_UP * self._seconds
+        measured = [point for point in self.memory if point[0] >= late and point[1] >= SETTLED]
         assert len(measured) >= 4, f"only {len(measured)} idle moments after the warm-up; run it for longer"
         _, requests, memory = np.asarray(measured, dtype=np.float64).T
         slope = theil_sen(requests, memory)

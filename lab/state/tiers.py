@@ -21,13 +21,16 @@ class HostTier:
         if blocks < 0:
             raise ConfigError(f"kv.host_blocks is {blocks}; expected at least 0")
         self.total = blocks
-        self._free = list(range(blocks - 1, -1, -1))
+        self._touched = 0
+        """Blocks that were ever taken are those below: the rest of a large tier costs nothing."""
+        self._free: list[int] = []
+        """Blocks that were given back, taken again before untouched ones."""
         self._leaving: list[int] = []
 
     @property
     def free(self) -> int:
         """Blocks that can be written in this step."""
-        return len(self._free)
+        return self.total - self._touched + len(self._free)
 
     def settle(self) -> None:
         """A new step begins: what was given back can be used again."""
@@ -37,7 +40,11 @@ class HostTier:
 
     def take(self, count: int) -> list[int]:
         """`count` blocks; the caller has looked at `free`."""
-        return [self._free.pop() for _ in range(count)]
+        free = self._free
+        back = [free.pop() for _ in range(min(count, len(free)))]
+        first = self._touched
+        self._touched += count - len(back)
+        return [*back, *range(first, self._touched)]
 
     def release(self, blocks: Iterable[int]) -> None:
         self._leaving.extend(blocks)
@@ -45,4 +52,7 @@ class HostTier:
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Every block is free, leaving, or in exactly one table. Raises AssertionError."""
         seen = [*self._free, *self._leaving, *(block for table in tables for block in table)]
-        assert sorted(seen) == list(range(self.total)), f"host blocks {sorted(seen)} of {self.total}"
+        assert sorted(seen) == list(range(self._touched)), (
+            f"host blocks {sorted(seen)} of {self._touched} used"
+        )
+        assert self._touched <= self.total, f"{self._touched} host blocks were taken of {self.total}"
