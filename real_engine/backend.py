@@ -109,6 +109,7 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
     from real_engine.attention.native_cpu import NativeAttention, agrees
     from real_engine.attention.torch_cpu import TorchAttention
     from real_engine.kv_memory import KvShape
+    from real_engine.models.decoder import Decoder
     from real_engine.native import library
 
     if cfg.engine.attention == "torch":
@@ -125,8 +126,9 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
         kernels = library.load(cache_dir(cfg, os.environ), console.say)
         why = "see above"
         if kernels is not None and agrees(kernels, shape, model.config.heads):
-            if all(width % library.LANES == 0 for width in model.config.widths):
-                model.decoder.ops = kernels
+            decoder = model.decoder
+            if isinstance(decoder, Decoder) and all(w % library.LANES == 0 for w in decoder.config.widths):
+                decoder.ops = kernels
             return NativeAttention(kernels)
         if kernels is not None:
             why = "on this processor they don't agree with plain torch"

@@ -21,6 +21,7 @@ from real_engine.attention.backend import AttentionBackend, GraphableAttention
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.graphs import DecodeGraphs, GraphDevice
 from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.decoder import Decoder
 from real_engine.models.linear import packed_available
 from real_engine.models.loading import LoadedModel
 from real_engine.sampler import sample
@@ -86,9 +87,12 @@ class TorchExecutor:
 
     def record(self, graphs: GraphDevice, *, most: int) -> None:
         """Before any step: record decode steps of up to `most` sequences as graphs, where attention and model allow."""
-        if isinstance(self._attention, GraphableAttention) and self._model.decoder.recordable:
+        decoder = self._model.decoder
+        if not isinstance(decoder, Decoder) or not decoder.recordable:
+            return
+        if isinstance(self._attention, GraphableAttention):
             self._graphs = DecodeGraphs(
-                self._model.decoder,
+                decoder,
                 self._attention,
                 self._memory,
                 graphs,
@@ -99,13 +103,17 @@ class TorchExecutor:
     @property
     def about(self) -> Mapping[str, object]:
         """What a run's manifest should say of this data plane: results compare only where these are equal."""
+        own = isinstance(self._model.decoder, Decoder)
         return {
             "model": self._model.spec.name,
             "dtype": self._model.spec.dtype,
             "device": device.describe(self._device),
             "attention": self._attention.name,
             "graphs": 0 if self._graphs is None else len(self._graphs.sizes),
-            "linear": "onednn-packed" if packed_available() and self._device.type == "cpu" else "torch",
+            "forward": "own" if own else "transformers",
+            "linear": "onednn-packed"
+            if own and packed_available() and self._device.type == "cpu"
+            else "torch",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "kv_bytes": self._memory.nbytes,
@@ -126,7 +134,7 @@ class TorchExecutor:
             batch, names, params, positions = self._sequences.pack(plan)
             decoder = self._model.decoder
             replay = None if self._graphs is None else self._graphs.load(batch)
-            if replay is None:
+            if replay is None or not isinstance(decoder, Decoder):
                 attention = self._attention.prepare(batch, self._memory)
                 prepared = perf_counter_ns()
                 logits = decoder.forward(batch, attention)

@@ -15,7 +15,7 @@ from lab.errors import ExecutorError
 from real_engine.attention.backend import AttentionBackend, PackedBatch
 from real_engine.device import synchronize
 from real_engine.kv_memory import KvMemory, KvShape
-from real_engine.models.decoder import Decoder
+from real_engine.models.loading import AnyDecoder
 
 _GIB = 1 << 30
 
@@ -69,7 +69,7 @@ def largest_batch(token_budget: int, max_seqs: int, max_context: int, block_size
     )
 
 
-def run_largest(decoder: Decoder, attention: AttentionBackend, shape: KvShape, batch: PackedBatch) -> None:
+def run_largest(decoder: AnyDecoder, attention: AttentionBackend, shape: KvShape, batch: PackedBatch) -> None:
     """One step of `largest_batch`, on a cache of just its blocks."""
     memory = KvMemory(shape, batch.block_table.shape[1], decoder.device)
     with torch.inference_mode():
@@ -77,7 +77,9 @@ def run_largest(decoder: Decoder, attention: AttentionBackend, shape: KvShape, b
     memory.free()
 
 
-def measure(decoder: Decoder, attention: AttentionBackend, shape: KvShape, batch: PackedBatch) -> DeviceUse:
+def measure(
+    decoder: AnyDecoder, attention: AttentionBackend, shape: KvShape, batch: PackedBatch
+) -> DeviceUse:
     """Run the largest step on a CUDA device, twice, and see what it takes."""
     device = decoder.device
     run_largest(decoder, attention, shape, batch)  # libraries take their workspaces, for good

@@ -54,7 +54,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     """As `read_config`, from the parsed JSON; `where` names it in errors."""
     family = str(raw.get("model_type", "unnamed"))
     for named in raw.get("architectures") or ():
-        if not str(named).endswith("ForCausalLM"):
+        if not str(named).endswith(("ForCausalLM", "LMHeadModel")):
             raise ModelError(f"'{where}' is of architecture '{named}'; expected one that ends in ForCausalLM")
     if raw.get("quantization_config"):
         raise ModelError(

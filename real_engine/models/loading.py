@@ -12,15 +12,18 @@ import torch
 
 from lab.errors import ModelError, UnknownNameError
 from real_engine import device
-from real_engine.models import smollm2, tiny
-from real_engine.models.config import DecoderConfig
+from real_engine.models import foreign, smollm2, tiny
+from real_engine.models.config import ModelShape
 from real_engine.models.decoder import Decoder
-from real_engine.models.families import parse_config, read_config
+from real_engine.models.families import OtherArchitecture, parse_config, read_config, read_raw
+from real_engine.models.foreign import ForeignDecoder
 from real_engine.models.spec import ModelSpec
 from real_engine.models.weights import CheckpointWeights, TensorWeights, Weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+AnyDecoder = Decoder | ForeignDecoder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,12 +34,12 @@ class LoadedModel:
     """A decoder ready to compute, and where it came from."""
 
     spec: ModelSpec
-    decoder: Decoder
+    decoder: AnyDecoder
     path: Path | None
     """Its checkpoint; None for `tiny`."""
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> ModelShape:
         return self.decoder.config
 
     @property
@@ -64,6 +67,7 @@ def load_model(
 ) -> LoadedModel:
     """Find, convert or download, check and load. `notify` hears of what takes long.
 
+    What isn't one of our own families runs through transformers' code (`foreign`), which `notify` is told too.
     `cache_dir` keeps what was converted. Raises `ModelError`, or `UnknownNameError` for a name that is neither
     built in, nor a directory, nor of the form of a hub id.
     """
@@ -72,14 +76,21 @@ def load_model(
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     weights: Weights
+    dtype, where = _DTYPES[spec.dtype], device.choose(spec.device)
+    decoder: AnyDecoder
     if spec.path is None and spec.name == "tiny":
         directory, config = None, parse_config(tiny.CONFIG, "the model 'tiny'")
         weights = TensorWeights(tiny.tiny_weights(spec.seed), "the model 'tiny'")
     else:
         directory = _directory(spec, cache_dir, notify)
-        config, weights = read_config(directory), CheckpointWeights(directory)
+        try:
+            config, weights = read_config(directory), CheckpointWeights(directory)
+        except OtherArchitecture as reason:
+            decoder = foreign.load(directory, read_raw(directory), dtype, where, str(reason))
+            notify(f"{reason}. It runs through transformers' own code: the same results, slower.")
+            return LoadedModel(spec, decoder, directory)
     with torch.inference_mode():
-        decoder = Decoder(config, weights, _DTYPES[spec.dtype], device.choose(spec.device))
+        decoder = Decoder(config, weights, dtype, where)
     return LoadedModel(spec, decoder, directory)
 
 
@@ -109,7 +120,7 @@ def _from_hub(name: str, notify: Callable[[str], None]) -> Path:
     try:
         # What is here already is used as it is: no network in an experiment that needs none.
         found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        read_config(found)
+        read_raw(found)
         CheckpointWeights(found)
         return found
     except (ModelError, OSError, ValueError):

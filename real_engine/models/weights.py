@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,15 @@ class CheckpointWeights:
             raise ModelError(f"'{self._directory}' has no tensor {name}")
         path, file = self._files[name]
         return _checked(file.get_tensor(name), name, shape, f"'{path}'")
+
+    def check_floats(self, wanted: Callable[[str], bool]) -> None:
+        """Raises `ModelError` for a tensor among the `wanted` names whose type we don't load."""
+        for name, (path, file) in self._files.items():
+            found = file.get_slice(name).get_dtype()
+            if wanted(name) and found not in ("F32", "F16", "BF16"):
+                raise ModelError(
+                    f"tensor {name} of '{path}' is of type {found}; expected float32, float16 or bfloat16"
+                )
 
 
 def _checked(tensor: Tensor, name: str, shape: tuple[int, ...], where: str) -> Tensor:

@@ -64,18 +64,11 @@ def test_a_configuration_that_is_not_json(model: Path) -> None:
         load(model)
 
 
-def test_an_architecture_that_is_not_supported_names_those_that_are(model: Path) -> None:
-    edit(model, model_type="mamba")
-    with pytest.raises(ModelError, match=r"'mamba'; supported are llama, mistral, qwen2, qwen3"):
-        load(model)
-
-
-def test_an_activation_or_rope_that_is_not_supported(model: Path) -> None:
-    edit(model, hidden_act="gelu")
-    with pytest.raises(ModelError, match="activation 'gelu'"):
-        load(model)
-    edit(model, hidden_act="silu", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(ModelError, match="rope_type 'yarn'"):
+def test_an_architecture_that_nobody_knows_names_those_that_are_supported(model: Path) -> None:
+    edit(model, model_type="nonesuch")
+    with pytest.raises(
+        ModelError, match=r"'nonesuch'; supported are llama, mistral.* doesn't run here either"
+    ):
         load(model)
 
 
