@@ -12,7 +12,7 @@ from tests.experiment.command import ROOT, environment
 
 def test_the_recording_benchmark_prints_a_share_of_step_time(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "benchmarks" / "recording.py", "tiny", "6"],
+        [sys.executable, ROOT / "experiments" / "benchmarks" / "recording.py", "tiny", "6", "2"],
         env=environment(tmp_path),
         capture_output=True,
         text=True,
@@ -21,3 +21,4 @@ def test_the_recording_benchmark_prints_a_share_of_step_time(tmp_path: Path) -> 
     found = re.search(r"recording: ([\d.]+) us a step, ([\d.]+) % of step time", done.stdout)
     assert found, done.stdout
     assert 0 < float(found[2]) < 100
+    assert re.search(r"on against off: [+-][\d.]+ % \(median of 2 interleaved pairs\)", done.stdout)

@@ -22,13 +22,11 @@ from lab.errors import ExecutorError, RunError
 from lab.observe.claim import TABLES, partial_reason
 from real_engine import kv_memory
 from real_engine.kv_memory import KvMemory, KvShape
-from real_engine.models import tiny
-from real_engine.models.config import parse_config
 from tests.experiment.command import QUICK, environment, one_sentence, run
 from tests.experiment.test_endings import start
 from tests.real_engine.reference import saved
 
-SHAPE = KvShape.of(parse_config(tiny.CONFIG, "tiny"), torch.float32, 16)
+SHAPE = KvShape(layers=4, kv_heads=2, head_dim=16, block_size=16, dtype=torch.float32)
 
 
 def test_memory_that_is_promised_and_not_given_says_how_many_blocks_could_be_had(
