@@ -105,6 +105,8 @@ def _recorded(cfg: Config, model: LoadedModel) -> tuple[Recorded, str]:
 
 def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBackend:
     """Our own kernels where they can be built, suit the model and agree with plain torch; else plain torch."""
+    import torch
+
     from real_engine import cuda
     from real_engine.attention.native_cpu import NativeAttention, agrees
     from real_engine.attention.torch_cpu import TorchAttention
@@ -126,9 +128,9 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
         kernels = library.load(cache_dir(cfg, os.environ), console.say)
         why = "see above"
         if kernels is not None and agrees(kernels, shape, model.config.heads):
-            decoder = model.decoder
-            if isinstance(decoder, Decoder) and all(w % library.LANES == 0 for w in decoder.config.widths):
-                decoder.ops = kernels
+            if isinstance(model.decoder, Decoder):
+                with torch.inference_mode():
+                    model.decoder.use(kernels)
             return NativeAttention(kernels)
         if kernels is not None:
             why = "on this processor they don't agree with plain torch"

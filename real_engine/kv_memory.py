@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lab.errors import ExecutorError
+from real_engine import pages
 from real_engine.device import available_memory as device_memory
 from real_engine.models.config import ModelShape
 
@@ -69,9 +70,7 @@ class KvMemory:
             # Zeros and not just memory: a masked position has weight 0, and 0 times a NaN left there is NaN.
             for _ in range(shape.layers):
                 for tensors in (self.keys, self.values):
-                    tensors.append(
-                        torch.zeros(size, dtype=shape.dtype, device=self.device, pin_memory=pinned)
-                    )
+                    tensors.append(_zeros(size, shape.dtype, self.device, pinned))
         except (RuntimeError, MemoryError) as error:
             # Whatever the system had promised: what could be had is what there is.
             had = needed * (len(self.keys) + len(self.values)) // (2 * shape.layers)
@@ -129,6 +128,12 @@ def available_memory() -> int | None:
     limits = [_meminfo(), _cgroup()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
+    if device.type == "cpu" and not pinned:
+        return pages.zeros(size, dtype)
+    return torch.zeros(size, dtype=dtype, device=device, pin_memory=pinned)
 
 
 def _too_large(shape: KvShape, blocks: int, available: int | None) -> ExecutorError:

@@ -39,7 +39,7 @@ def sample(
     Row i belongs to `requests[i]`, and its token will stand at `positions[i]` of that sequence. Raises
     `ExecutorError` naming the request when a row holds NaN or +infinity.
     """
-    best = logits.argmax(-1)
+    best = _argmax(logits)
     # argmax ranks NaN highest, so the winner's value tells of any NaN or +inf in its row.
     finite = logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
     if not bool(finite.all()):
@@ -55,6 +55,13 @@ def sample(
         if how.logprobs is not None:
             logprobs[name] = _logprobs(logits[row], tokens[row], how.logprobs)
     return tokens, logprobs
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """Of each row. numpy's is several times faster than torch's on a CPU; both rank NaN highest."""
+    if logits.device.type == "cpu" and not logits.requires_grad:
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -158,19 +158,26 @@ def main(words: Sequence[str]) -> None:
         ModelSpec("smollm2", "bfloat16"), cache_dir=cache_dir(Config(), os.environ), notify=print
     )
     kernels = library.load(cache_dir(Config(), os.environ), print)
+    plain = (
+        load_model(ModelSpec("smollm2", "bfloat16"), cache_dir=cache_dir(Config(), os.environ))
+        if kernels
+        else model
+    )
+    with torch.inference_mode():
+        if kernels:
+            model.decoder.use(kernels)
     ready = time.perf_counter() - began
     variants = {"torch": (TorchAttention(), TorchOps())} if "torch" in words or kernels is None else {}
     if kernels is not None:
         variants = {"native": (NativeAttention(kernels), kernels), **variants}  # type: ignore[dict-item]
-    floor = Floor(model.decoder)
+    floor = Floor(plain.decoder)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; model ready after {ready:.1f} s")
     print("workload  variant  output tok/s  seconds  share of the floor's rate")
     for name, requests in workloads(path).items():
         if any(word.startswith("W") for word in words) and name not in words:
             continue
-        for variant, (attention, ops) in variants.items():
-            model.decoder.ops = ops
-            result = run(model, attention, requests)
+        for variant, (attention, _ops) in variants.items():
+            result = run(model if variant == "native" else plain, attention, requests)
             rate, share = result.output_tokens / result.seconds, floor.of(result.rows) / result.seconds
             print(
                 f"{name:<9} {variant:<8} {rate:>12.1f} {result.seconds:>8.2f} {100 * share:>6.0f} %",

@@ -17,7 +17,7 @@ from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape
 from real_engine.models.config import PLAIN, AttentionRule, Rope
 from real_engine.models.rope import RopeTable
-from real_engine.native.library import LANES, SUFFIX, Kernels
+from real_engine.native.library import LANES, SUFFIX, Kernels, pack
 
 
 class NativeAttention:
@@ -25,7 +25,7 @@ class NativeAttention:
 
     name = "native-paged"
     block_size_multiple = 1
-    abilities: frozenset[str] = frozenset()
+    abilities = frozenset({"window"})
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -39,33 +39,33 @@ class NativeAttention:
 
 
 class NativePrepared:
-    """Implements `PreparedAttention`."""
+    """Implements `PreparedAttention`; what it holds is also read by `real_engine.native.stack`."""
 
     def __init__(self, kernels: Kernels, batch: PackedBatch, memory: KvMemory) -> None:
-        self._kernels, self._memory = kernels, memory
-        self._slots, self._positions = torch.from_numpy(batch.slot_mapping), torch.from_numpy(batch.positions)
-        self._starts, self._lengths, self._table = (
+        self._kernels, self.memory = kernels, memory
+        self.slots, self.positions = torch.from_numpy(batch.slot_mapping), torch.from_numpy(batch.positions)
+        self.starts, self.lengths, self.table = (
             torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
             for array in (batch.cu_seqlens_q, batch.seqlens_k, batch.block_table)
         )
 
     def forward(self, layer: int, qkv: Tensor, rope: RopeTable | None, rule: AttentionRule = PLAIN) -> Tensor:
-        keys, values = self._memory.keys[layer], self._memory.values[layer]
+        keys, values = self.memory.keys[layer], self.memory.values[layer]
         kv_heads, dim = keys.shape[2:]
         if rope is None:
             for cache, heads in ((keys, slice(-2 * kv_heads, -kv_heads)), (values, slice(-kv_heads, None))):
-                cache.view(-1, kv_heads, dim).index_copy_(0, self._slots, qkv[:, heads])
+                cache.view(-1, kv_heads, dim).index_copy_(0, self.slots, qkv[:, heads])
         else:
-            self._kernels.rotate_and_store(
-                qkv, rope.cos, rope.sin, self._positions, self._slots, keys, values
-            )
+            self._kernels.rotate_and_store(qkv, rope.cos, rope.sin, self.positions, self.slots, keys, values)
         q, scale = qkv[:, : qkv.shape[1] - 2 * kv_heads], rule.scale or 1 / math.sqrt(dim)
-        return self._kernels.attend(q, keys, values, self._starts, self._lengths, self._table, scale)
+        return self._kernels.attend(
+            q, keys, values, self.starts, self.lengths, self.table, scale, rule.window or 0
+        )
 
 
 def agrees(kernels: Kernels, shape: KvShape, heads: int) -> bool:
-    """Whether the kernel and plain torch attend alike, on a small batch of decodes and chunks: asked at start,
-    since a kernel that is wrong on some processor would spoil results in silence."""
+    """Whether the kernels and plain torch attend, and multiply, alike, on a small batch of decodes and chunks: asked at
+    start, since a kernel that is wrong on some processor would spoil results in silence."""
     generator = torch.Generator().manual_seed(0)
     size, lengths, chunks = (
         shape.block_size,
@@ -100,4 +100,11 @@ def agrees(kernels: Kernels, shape: KvShape, heads: int) -> bool:
     qkv, rope = qkv.to(shape.dtype), RopeTable(Rope(), shape.head_dim, max(lengths), shape.dtype)
     theirs = TorchAttention().prepare(batch, memories[1]).forward(0, qkv.clone(), rope).float()
     ours = NativeAttention(kernels).prepare(batch, memories[0]).forward(0, qkv, rope).float()
+    if kernels.has_products:
+        x, weight = (torch.randn((n, 96), generator=generator).bfloat16() for n in (30, 64))
+        packed = pack(weight)
+        assert packed is not None
+        product = kernels.product(x, packed, None, torch.float32)
+        if not torch.allclose(product, x.float() @ weight.float().T, atol=1e-3):
+            return False
     return bool(torch.allclose(ours, theirs, atol=2e-5 if shape.dtype == torch.float32 else 2e-2))

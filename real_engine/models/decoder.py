@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from real_engine.attention.backend import PackedBatch, PreparedAttention
+from real_engine.attention.native_cpu import NativePrepared
 from real_engine.device import upload
 from real_engine.models.config import AttentionRule, DecoderConfig
 from real_engine.models.feed_forward import Gated, Mixture
@@ -21,6 +22,8 @@ from real_engine.models.linear import Linear
 from real_engine.models.ops import Ops, TorchOps
 from real_engine.models.rope import RopeTable
 from real_engine.models.weights import Weights
+from real_engine.native.library import LANES, PANEL, Kernels
+from real_engine.native.stack import Stack, StackLayer
 
 CPU = torch.device("cpu")
 
@@ -49,7 +52,8 @@ class Decoder:
         """Raises `ModelError` for a tensor that is missing or of another shape."""
         self.config, self.dtype, self.device = config, dtype, device
         self.ops: Ops = TorchOps()
-        """What lies between the matrix products; may be replaced by a faster one."""
+        """What lies between the matrix products."""
+        self._stack: Stack | None = None
         self._weights = weights
         c = config
         self._embedding = self._take("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
@@ -66,6 +70,36 @@ class Decoder:
         )
         self._head = Linear(head)
         del self._weights
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute with our own CPU kernels, as far as they go: single operations, products, or all layers in one call.
+
+        Made under `torch.inference_mode`.
+        """
+        c = self.config
+        if any(width % LANES for width in c.widths):
+            return
+        self.ops = kernels
+        self._head.use(kernels)
+        stack: list[StackLayer] = []
+        for layer in self._layers:
+            mlp = layer.mlp
+            for linear in (layer.qkv, layer.output, *mlp.products):
+                linear.use(kernels)
+            if isinstance(mlp, Gated):
+                norms, products = (
+                    (layer.attention_norm, layer.mlp_norm),
+                    (layer.qkv, layer.output, *mlp.products),
+                )
+                stack.append(StackLayer(norms, products, layer.rule))
+        panels = c.head_dim % PANEL == 0 == c.intermediate_size % PANEL
+        if panels and c.plain_layers and len(stack) == c.layers and all(layer.suits for layer in stack):
+            self._stack = Stack(kernels, c, stack, self._rope)
+
+    @property
+    def fused(self) -> bool:
+        """Whether all layers are computed in one call of our own kernels."""
+        return self._stack is not None
 
     def forward(self, batch: PackedBatch, attention: PreparedAttention) -> Tensor:
         """Float32 logits of the rows that sample, `[rows, vocab_size]`; keys and values go into the cache."""
@@ -85,6 +119,8 @@ class Decoder:
         x = self._embedding[token_ids]  # [tokens, hidden]
         if c.embedding_scale != 1:
             x *= torch.tensor(c.embedding_scale, dtype=self.dtype)  # rounded to it, as the model was trained
+        if self._stack is not None and isinstance(attention, NativePrepared):
+            return self._stack.forward(x, attention), None
         added: Tensor | None = None
         for number, layer in enumerate(self._layers):
             qkv = layer.qkv(ops.add_norm(x, added, layer.attention_norm, c.norm_eps))
@@ -103,7 +139,7 @@ class Decoder:
     def logits(self, x: Tensor, added: Tensor | None, rows: Tensor) -> Tensor:
         """What `hidden` gave, through the final norm and the head: float32 `[rows, vocab_size]`."""
         last, left = x[rows], None if added is None else added[rows]
-        found = self._head(self.ops.add_norm(last, left, self._norm, self.config.norm_eps)).float()
+        found = self._head(self.ops.add_norm(last, left, self._norm, self.config.norm_eps), torch.float32)
         cap = self.config.final_softcap
         return found if cap is None else found.div_(cap).tanh_().mul_(cap)
 

@@ -22,6 +22,10 @@ class Gated:
     down: Linear
     activation: Literal["silu", "gelu_tanh"] = "silu"
 
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        return (self.gate_up, self.down)
+
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         """`[tokens, hidden]` to the same."""
         gate_up = self.gate_up(x)
@@ -45,6 +49,11 @@ class Mixture:
     renormalized: bool
     shared: tuple[Linear, Gated] | None = None
     """The gate and the network of the expert that every token goes to."""
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        networks = [*self.experts, *([self.shared[1]] if self.shared is not None else [])]
+        return tuple(product for network in networks for product in network.products)
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         """`[tokens, hidden]` to the same."""

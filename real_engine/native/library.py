@@ -1,4 +1,4 @@
-"""Builds `kernels.cpp` once a machine and calls it. Data plane.
+"""Builds `kernels.cpp` and its headers once a machine, and calls them. Data plane.
 
 The library has a plain C interface and knows nothing of torch: it is made by one compiler call, kept in the cache
 directory under a name that says from what (source, compiler, processor), and opened with ctypes. Where there
@@ -21,7 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from real_engine import pages
+
 SOURCE = Path(__file__).parent / "kernels.cpp"
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
     "-O3",
@@ -38,10 +41,12 @@ TIMEOUT_S = 180
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 LANES = 16
 """Numbers handled at once: head sizes, and all other widths, must be a multiple of it."""
+PANEL = 32
+"""Outputs of a packed weight come in such panels."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
-    "attend": [*[_POINTER] * 7, _LONG, _LONG, *[_INT] * 5, _FLOAT, _INT],
+    "attend": [*[_POINTER] * 7, _LONG, _LONG, *[_INT] * 5, _FLOAT, _INT, _INT],
     "rotate_and_store": [_POINTER, _LONG, *[_INT] * 3, *[_POINTER] * 6, _INT],
     "add_norm": [*[_POINTER] * 4, _LONG, _INT, _FLOAT, _INT],
     "silu_mul": [_POINTER, _POINTER, _LONG, _INT, _INT],
@@ -60,6 +65,15 @@ class Kernels:
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes, function.restype = arguments, None
                 self._functions[name, dtype] = function
+        self.has_products = bool(library.has_products())
+        """Whether this processor multiplies bfloat16 itself, so that there are `product` and `stack`."""
+        if self.has_products:
+            self._products = {torch.bfloat16: library.product_to_bf16, torch.float32: library.product_to_f32}
+            for function in self._products.values():
+                function.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
+                function.restype = None
+            self.stack = library.stack_bf16
+            self.stack.argtypes, self.stack.restype = [_POINTER, _POINTER, _INT], None
 
     def attend(
         self,
@@ -70,8 +84,9 @@ class Kernels:
         lengths: Tensor,
         table: Tensor,
         scale: float,
+        window: int = 0,
     ) -> Tensor:
-        """Causal attention of packed rows over paged keys and values.
+        """Causal attention of packed rows over paged keys and values, at most `window` tokens back unless it is 0.
 
         `q` `[tokens, heads, dim]`; `keys`, `values` `[blocks, block_size, kv_heads, dim]`; int32 `starts`
         `[sequences + 1]`, `lengths` `[sequences]`, `table` `[sequences, most blocks]`, as in `PackedBatch`.
@@ -85,7 +100,9 @@ class Kernels:
         pointers = (x.data_ptr() for x in (q, keys, values, out, starts, lengths, table))
         strides = (q.stride(0), table.stride(0))
         sizes = (len(lengths), heads, kv_heads, dim, block_size)
-        self._functions["attend", q.dtype](*pointers, *strides, *sizes, scale, torch.get_num_threads())
+        self._functions["attend", q.dtype](
+            *pointers, *strides, *sizes, scale, window, torch.get_num_threads()
+        )
         return out
 
     def rotate_and_store(
@@ -115,6 +132,17 @@ class Kernels:
         function(*pointers, out.data_ptr(), *x.shape, eps, torch.get_num_threads())
         return out
 
+    def product(self, x: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`x` `[rows, inputs]` times a weight that `pack` has packed, plus `bias`, as bfloat16 or float32 rows."""
+        assert x.is_contiguous()
+        rows, inputs = x.shape
+        outputs = packed.numel() // inputs
+        out = torch.empty((rows, outputs), dtype=dtype)
+        added = bias.data_ptr() if bias is not None else None
+        pointers = (added, out.data_ptr(), torch.get_num_threads())
+        self._products[dtype](x.data_ptr(), rows, inputs, packed.data_ptr(), outputs, *pointers)
+        return out
+
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """As `real_engine.models.ops.Ops` says."""
         rows, width = len(gate_up), gate_up.shape[1] // 2
@@ -122,6 +150,14 @@ class Kernels:
         function = self._functions["silu_mul", gate_up.dtype]
         function(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """A bfloat16 weight `[outputs, inputs]` in the order that product.h reads; None if its shape doesn't suit."""
+    outputs, inputs = weight.shape
+    if weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % 2:
+        return None
+    return pages.moved(weight.view(outputs // PANEL, PANEL, inputs // 2, 2).transpose(1, 2))
 
 
 def load(cache: Path, notify: Callable[[str], None] = lambda text: None) -> Kernels | None:
@@ -144,7 +180,7 @@ def _built(compiler: str, cache: Path, notify: Callable[[str], None]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30)
     key = hashlib.blake2b(digest_size=8)
     for part in (
-        SOURCE.read_bytes(),
+        *(file.read_bytes() for file in (SOURCE, *HEADERS)),
         version.stdout.encode(),
         " ".join(FLAGS).encode(),
         _processor().encode(),
