@@ -21,6 +21,7 @@ from real_engine.models.feed_forward import Gated, Mixture
 from real_engine.models.linear import Linear
 from real_engine.models.ops import Ops, TorchOps
 from real_engine.models.rope import RopeTable
+from real_engine.models.shard import ALONE, Shard
 from real_engine.models.weights import Weights
 from real_engine.native.library import LANES, PANEL, Kernels
 from real_engine.native.stack import Stack, StackLayer
@@ -47,28 +48,44 @@ class Decoder:
     """Weights in memory, ready to compute. Made under `torch.inference_mode`; holds no state between steps."""
 
     def __init__(
-        self, config: DecoderConfig, weights: Weights, dtype: torch.dtype, device: torch.device = CPU
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        shard: Shard = ALONE,
     ) -> None:
-        """Raises `ModelError` for a tensor that is missing or of another shape."""
-        self.config, self.dtype, self.device = config, dtype, device
+        """`config` and `weights` are the whole model's; `shard` says what part of it is held here.
+
+        Raises `ModelError` for a tensor that is missing or of another shape.
+        """
+        place, layers = shard.place, shard.place.layers(config.layers)
+        config, weights = shard.config(config), shard.weights(weights)
+        self.config, self.dtype, self.device, self.shard = config, dtype, device, shard
         self.ops: Ops = TorchOps()
         """What lies between the matrix products."""
         self._stack: Stack | None = None
         self._weights = weights
         c = config
-        self._embedding = self._take("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        embeds = place.first or (place.last and c.tied_embeddings)
+        self._embedding = (
+            self._take("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+            if embeds
+            else torch.empty((0, c.hidden_size), dtype=dtype, device=device)
+        )
         self._rope = RopeTable(c.rope, c.head_dim, c.max_context, dtype, device)
         self._local_rope = self._rope
         if c.local_rope is not None:
             self._local_rope = RopeTable(c.local_rope, c.head_dim, c.max_context, dtype, device)
-        self._layers = [self._layer(i) for i in range(c.layers)]
-        self._norm = self._norm_weight("model.norm")
-        head = (
-            self._embedding
-            if c.tied_embeddings
-            else self._take("lm_head.weight", c.vocab_size, c.hidden_size)
-        )
-        self._head = Linear(head)
+        self._layers = [self._layer(i) for i in layers]
+        if place.last:
+            self._norm = self._norm_weight("model.norm")
+            head = (
+                self._embedding
+                if c.tied_embeddings
+                else self._take("lm_head.weight", c.vocab_size, c.hidden_size)
+            )
+            self._head = Linear(shard.head(head))
         del self._weights
 
     def use(self, kernels: Kernels) -> None:
@@ -80,7 +97,8 @@ class Decoder:
         if any(width % LANES for width in c.widths):
             return
         self.ops = kernels
-        self._head.use(kernels)
+        if self.shard.place.last:
+            self._head.use(kernels)
         stack: list[StackLayer] = []
         for layer in self._layers:
             mlp = layer.mlp
@@ -93,7 +111,14 @@ class Decoder:
                 )
                 stack.append(StackLayer(norms, products, layer.rule))
         panels = c.head_dim % PANEL == 0 == c.intermediate_size % PANEL
-        if panels and c.plain_layers and len(stack) == c.layers and all(layer.suits for layer in stack):
+        whole = self.shard.place.tensor == 1  # else each layer waits for sums over the ranks
+        if (
+            whole
+            and panels
+            and c.plain_layers
+            and len(stack) == c.layers
+            and all(layer.suits for layer in stack)
+        ):
             self._stack = Stack(kernels, c, stack, self._rope)
 
     @property
@@ -114,11 +139,9 @@ class Decoder:
     def hidden(self, token_ids: Tensor, attention: PreparedAttention) -> tuple[Tensor, Tensor | None]:
         """All layers over the tokens, int64 `[tokens]`: the residual stream and what the last layer adds to it,
         both `[tokens, hidden]`. Reads nothing on the host, so that a device can record it."""
-        c, ops = self.config, self.ops
+        c, ops, shard = self.config, self.ops, self.shard
         rotated = c.heads + c.kv_heads
-        x = self._embedding[token_ids]  # [tokens, hidden]
-        if c.embedding_scale != 1:
-            x *= torch.tensor(c.embedding_scale, dtype=self.dtype)  # rounded to it, as the model was trained
+        x = self._entering(token_ids)
         if self._stack is not None and isinstance(attention, NativePrepared):
             return self._stack.forward(x, attention), None
         added: Tensor | None = None
@@ -128,20 +151,37 @@ class Decoder:
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qkv[:, :rotated], (c.head_dim,), None, c.norm_eps) * layer.qk_norm
                 qkv = torch.cat((qk, qkv[:, rotated:]), 1)
-            added = layer.output(attention.forward(number, qkv, layer.rope, layer.rule))
+            added = shard.sum_(layer.output(attention.forward(number, qkv, layer.rope, layer.rule)))
             if layer.attention_post_norm is not None:
                 added = ops.add_norm(added, None, layer.attention_post_norm, c.norm_eps)
-            added = layer.mlp.forward(ops.add_norm(x, added, layer.mlp_norm, c.norm_eps), ops)
+            added = shard.sum_(layer.mlp.forward(ops.add_norm(x, added, layer.mlp_norm, c.norm_eps), ops))
             if layer.mlp_post_norm is not None:
                 added = ops.add_norm(added, None, layer.mlp_post_norm, c.norm_eps)
         return x, added
 
     def logits(self, x: Tensor, added: Tensor | None, rows: Tensor) -> Tensor:
-        """What `hidden` gave, through the final norm and the head: float32 `[rows, vocab_size]`."""
+        """What `hidden` gave, through the final norm and the head: float32 `[rows, vocab_size]`.
+
+        Of a part of a model, only the rank that draws gets logits.
+        """
+        if not self.shard.place.last:
+            self.shard.send(x if added is None else x.add_(added))
+            return x[:0]
         last, left = x[rows], None if added is None else added[rows]
         found = self._head(self.ops.add_norm(last, left, self._norm, self.config.norm_eps), torch.float32)
+        found = self.shard.gather(found)
         cap = self.config.final_softcap
         return found if cap is None else found.div_(cap).tanh_().mul_(cap)
+
+    def _entering(self, token_ids: Tensor) -> Tensor:
+        """The residual stream `[tokens, hidden]` before the first layer here."""
+        c = self.config
+        if not self.shard.place.first:
+            return self.shard.receive(len(token_ids), c.hidden_size, self._embedding)
+        x = self._embedding[token_ids]
+        if c.embedding_scale != 1:
+            x *= torch.tensor(c.embedding_scale, dtype=self.dtype)  # rounded to it, as the model was trained
+        return x
 
     def _take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(name, *shape).to(self.device, self.dtype)

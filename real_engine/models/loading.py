@@ -17,6 +17,7 @@ from real_engine.models.config import ModelShape
 from real_engine.models.decoder import Decoder
 from real_engine.models.families import OtherArchitecture, parse_config, read_config, read_raw
 from real_engine.models.foreign import ForeignDecoder
+from real_engine.models.shard import ALONE, Shard
 from real_engine.models.spec import ModelSpec
 from real_engine.models.weights import CheckpointWeights, TensorWeights, Weights
 
@@ -63,9 +64,13 @@ class LoadedModel:
 
 
 def load_model(
-    spec: ModelSpec, *, cache_dir: Path, notify: Callable[[str], None] = lambda message: None
+    spec: ModelSpec,
+    *,
+    cache_dir: Path,
+    notify: Callable[[str], None] = lambda message: None,
+    shard: Shard = ALONE,
 ) -> LoadedModel:
-    """Find, convert or download, check and load. `notify` hears of what takes long.
+    """Find, convert or download, check and load. `notify` hears of what takes long; `shard` is the part to hold.
 
     What isn't one of our own families runs through transformers' code (`foreign`), which `notify` is told too.
     `cache_dir` keeps what was converted. Raises `ModelError`, or `UnknownNameError` for a name that is neither
@@ -78,20 +83,33 @@ def load_model(
     weights: Weights
     dtype, where = _DTYPES[spec.dtype], device.choose(spec.device)
     decoder: AnyDecoder
-    if spec.path is None and spec.name == "tiny":
-        directory, config = None, parse_config(tiny.CONFIG, "the model 'tiny'")
+    directory = find_model(spec, cache_dir=cache_dir, notify=notify)
+    if directory is None:
+        config = parse_config(tiny.CONFIG, "the model 'tiny'")
         weights = TensorWeights(tiny.tiny_weights(spec.seed), "the model 'tiny'")
     else:
-        directory = _directory(spec, cache_dir, notify)
         try:
             config, weights = read_config(directory), CheckpointWeights(directory)
         except OtherArchitecture as reason:
+            if not shard.alone:
+                raise ModelError(
+                    f"{reason}. What runs through transformers' own code can't be cut into ranks"
+                ) from reason
             decoder = foreign.load(directory, read_raw(directory), dtype, where, str(reason))
             notify(f"{reason}. It runs through transformers' own code: the same results, slower.")
             return LoadedModel(spec, decoder, directory)
     with torch.inference_mode():
-        decoder = Decoder(config, weights, dtype, where)
+        decoder = Decoder(config, weights, dtype, where, shard)
     return LoadedModel(spec, decoder, directory)
+
+
+def find_model(
+    spec: ModelSpec, *, cache_dir: Path, notify: Callable[[str], None] = lambda message: None
+) -> Path | None:
+    """Its checkpoint, found, converted or downloaded; None for `tiny`. Raises as `load_model` does."""
+    if spec.path is None and spec.name == "tiny":
+        return None
+    return _directory(spec, cache_dir, notify)
 
 
 def _directory(spec: ModelSpec, cache_dir: Path, notify: Callable[[str], None]) -> Path:
