@@ -115,6 +115,8 @@ def assemble(
             prefix_cache=spec.prefix_cache,
             preemption=spec.create("preemption", replica),
             predictor=spec.create("predictor", replica),
+            compression=spec.create("compression", replica),
+            compression_name=str((spec.policies.get("compression") or {"name": "none"})["name"]),
             observer=observer,
             replica=replica,
             policy_name=str(spec.policies["policy"]["name"]),

@@ -197,6 +197,7 @@ class Config:
     )
     policy: Any = None
     eviction: Any = None
+    compression: Any = None
     admission: Any = None
     routing: Any = None
     scaling: Any = None
@@ -224,6 +225,7 @@ SEAMS: Mapping[str, str] = types.MappingProxyType(
         "preemption": "last",
         "predictor": "oracle",
         "eviction": "lru",
+        "compression": "none",
         "admission": "always",
         "routing": "single",
         "scaling": "fixed",
@@ -367,6 +369,11 @@ def validate(cfg: Config) -> None:
     _at_least("kv.block_size", cfg.kv.block_size, 1)
     _at_least("kv.host_blocks", cfg.kv.host_blocks, 0)
     _positive("kv.transfer_gb_s", cfg.kv.transfer_gb_s)
+    if cfg.compression.name != SEAMS["compression"] and cfg.kv.prefix_cache:
+        raise ConfigError(
+            f"compression={cfg.compression.name} overwrites blocks that the prefix cache would share; expected "
+            "kv.prefix_cache=false beside it."
+        )
     _fleet(cfg)
     _positive("slo.ttft_ms", cfg.slo.ttft_ms)
     _positive("slo.tpot_ms", cfg.slo.tpot_ms)

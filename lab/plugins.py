@@ -33,6 +33,7 @@ import lab
 from lab.errors import ConfigError, PolicyError, UnknownNameError
 from lab.policy import (
     AdmissionPolicy,
+    CompressionPolicy,
     EvictionPolicy,
     LengthPredictor,
     PreemptionPolicy,
@@ -114,6 +115,16 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 "length_aware": "policies.eviction.length_aware:LengthAware",
                 "workload_aware": "policies.eviction.workload_aware:WorkloadAware",
                 "belady": "policies.eviction.belady:Belady",
+            },
+        ),
+        "compression": Kind(
+            "diptych.compression",
+            CompressionPolicy,
+            {
+                "none": "policies.compression.none:Nothing",
+                "streaming_llm": "policies.compression.streaming_llm:StreamingLlm",
+                "knorm": "policies.compression.knorm:KeyNorm",
+                "tova": "policies.compression.tova:Tova",
             },
         ),
         "admission": Kind(

@@ -37,7 +37,7 @@ import enum
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from lab.control.request import BlockId, Prompt, Request, RequestId, Segment, stream_of
 
@@ -46,12 +46,14 @@ __all__ = [
     "AdmissionPolicy",
     "BlockId",
     "BlockView",
+    "CompressionPolicy",
     "Ended",
     "EvictionPolicy",
     "FleetView",
     "Future",
     "Grant",
     "How",
+    "KvKeep",
     "LengthPredictor",
     "PreemptionPolicy",
     "Prompt",
@@ -131,7 +133,12 @@ class RequestView(Protocol):
 
     @property
     def computed(self) -> int:
-        """Tokens whose KV is in the cache. Each step lets `computed` chase `known`."""
+        """Tokens that went through the model. Each step lets `computed` chase `known`."""
+        ...
+
+    @property
+    def kept(self) -> int:
+        """Tokens whose KV is held: `computed`, less what KV compression has dropped."""
         ...
 
     @property
@@ -396,6 +403,55 @@ class PreemptionPolicy:
     def how(self, victim: RequestView, step: Step) -> How:
         """`swap` counts only where there is a host tier with room."""
         return "recompute"
+
+
+@dataclass(frozen=True, slots=True)
+class KvKeep:
+    """How much of its KV a request keeps: `blocks` whole ones, at most, and the block that isn't full yet.
+
+    Its first `sinks` and its last `recent` full blocks are always among them.
+    """
+
+    blocks: int
+    sinks: int = 0
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.sinks, self.recent) < 0 or self.blocks < max(1, self.sinks + self.recent):
+            raise ValueError(
+                f"{self}: expected at least 1 block, and at least as many as `sinks` and `recent` together"
+            )
+
+
+class CompressionPolicy:
+    """How much of its KV a request keeps, and which part. Later tokens attend to that part alone.
+
+    The two planes share the work. The control plane asks `keep` once for each request, and after each step takes
+    from a request what it holds beyond: so decisions, and a simulation, depend on numbers of tokens only. Which
+    blocks' content goes is for the data plane to say, layer by layer, by `score`. Keys stay turned to the positions
+    at which they were computed. A policy that doesn't define `score` gives up the oldest blocks after the sinks.
+
+    The results depend on where prompts are cut into chunks, since what a chunk's tokens see was chosen before it.
+    """
+
+    needs_query: ClassVar[bool] = False
+    """True when `score` looks at the query: the data plane then keeps it."""
+    rng: random.Random
+
+    def keep(self, request: Request, block_size: int) -> KvKeep | None:
+        """What this request keeps; None: everything. Asked once, on arrival."""
+        return None
+
+    @staticmethod
+    def score(keys: Any, query: Any) -> Any:
+        """How much each cached token is worth; the blocks of the least mean go. Runs in the data plane.
+
+        `keys` is a torch tensor `[layers, tokens, kv_heads, head_dim]`, float32, in no certain order between the sinks
+        and the recent blocks. `query` is None, or with `needs_query` the latest token's `[layers, heads, head_dim]`,
+        turned to its position as the keys are, and scaled: its product with a key is an attention logit. Gives
+        `[layers, tokens]`. Tensors bring their methods with them, so that no policy imports torch.
+        """
+        raise NotImplementedError
 
 
 class LengthPredictor:

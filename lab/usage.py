@@ -34,6 +34,7 @@ _ABOUT = {
     "preemption": "whom to preempt when KV runs short, and whether its KV is dropped or swapped out",
     "predictor": "how output lengths are foreseen, for policies that order by them",
     "eviction": "which cached KV block to give up",
+    "compression": "how much of its own KV a request keeps, and which part of it",
     "admission": "whether a request enters",
     "routing": "which replica serves it",
     "scaling": "how many replicas there are",

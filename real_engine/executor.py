@@ -1,7 +1,8 @@
 """The real data plane: executes a plan with torch. Data plane; request path (its tables: state path).
 
 `execute` is the whole of it: transfer (swapped KV), prepare (what the plan says, as arrays), forward (logits),
-sample (tokens). They are timed back to back, so they add up to what the call takes.
+sample (tokens), compact (KV that compression gives up). They are timed back to back, so they add up to what the
+call takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lab.errors import ExecutorError
 from real_engine import device
 from real_engine.attention.backend import AttentionBackend, GraphableAttention
 from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.compression import Compressor, Queries
 from real_engine.graphs import DecodeGraphs, GraphDevice
 from real_engine.kv_memory import KvMemory, KvShape
 from real_engine.models.decoder import Decoder
@@ -83,6 +85,7 @@ class TorchExecutor:
             vocab_size=config.vocab_size,
         )
         self._graphs: DecodeGraphs | None = None
+        self._compressor = Compressor(self._memory, config)
         self._closed = False
 
     def record(self, graphs: GraphDevice, *, most: int) -> None:
@@ -133,9 +136,13 @@ class TorchExecutor:
         with torch.inference_mode():
             batch, names, params, positions = self._sequences.pack(plan)
             decoder = self._model.decoder
-            replay = None if self._graphs is None else self._graphs.load(batch)
+            queries: Queries | None = None
+            asking = self._compressor.asking(plan) if plan.compactions else frozenset()
+            replay = None if self._graphs is None or asking else self._graphs.load(batch)
             if replay is None or not isinstance(decoder, Decoder):
                 attention = self._attention.prepare(batch, self._memory)
+                if asking:
+                    attention = queries = self._compressor.watch(asking, plan, batch, attention)
                 prepared = perf_counter_ns()
                 logits = decoder.forward(batch, attention)
             else:
@@ -149,13 +156,21 @@ class TorchExecutor:
             self._sequences.append(name, token)
             if self._keep_logits:
                 self.logits[name] = logits[row]
+        sampled = perf_counter_ns()
+        for item in plan.compactions:
+            with torch.inference_mode():
+                self._compressor.choose(item, *self._sequences.table(item.request), queries)
+            self._sequences.compact(item, plan)
+        if plan.compactions:
+            device.synchronize(self._device)
         return StepResult(
             tuple(tokens),
             prepare_ns=prepared - started,
             forward_ns=forwarded - prepared,
-            sample_ns=perf_counter_ns() - forwarded,
+            sample_ns=sampled - forwarded,
             logprobs=logprobs,
             transfer_ns=transfer_ns,
+            compact_ns=perf_counter_ns() - sampled if plan.compactions else 0,
         )
 
     def _transfer(self, plan: StepPlan, started: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.control.plan import StepPlan, Work
+from lab.control.plan import Compaction, StepPlan, Work
 from lab.control.request import Request, RequestId, SamplingParams
 from lab.errors import ExecutorError
 from real_engine.attention.backend import IntArray, PackedBatch
@@ -22,6 +22,10 @@ class _Sequence:
     """int32, room for all blocks; `held` are filled."""
     held: int = 0
     active: bool = False
+    context: int = 0
+    """Tokens of KV that the table holds once the step is done."""
+    dropped: int = 0
+    """Tokens whose KV compression gave up; the table holds the rest side by side."""
 
 
 class Sequences:
@@ -40,9 +44,10 @@ class Sequences:
 
         A request can lose its blocks and leave in one step, when a policy preempts and rejects it.
         """
-        for name, _how in plan.preempted:
+        for name, how in plan.preempted:
             sequence = self._find(name, plan, "preempts")
             sequence.active, sequence.held = False, 0
+            sequence.dropped = sequence.dropped if how == "swap" else 0
         for name in plan.released:
             self._known.pop(name, None)
         for request in plan.new:
@@ -61,9 +66,11 @@ class Sequences:
         size, count = self._block_size, len(work)
         lengths = np.fromiter((item.tokens for item in work), np.int64, count)
         starts = np.fromiter((item.start for item in work), np.int64, count)
+        dropped = np.fromiter((item.dropped for item in work), np.int64, count)
+        contexts = starts + lengths - dropped
         ends = np.cumsum(lengths)
         firsts = ends - lengths
-        needed = -(-(starts + lengths) // size)
+        needed = -(-contexts // size)
         table = np.zeros((count, int(needed.max())), np.int32)
         for row, (sequence, used) in enumerate(zip(sequences, needed.tolist(), strict=True)):
             table[row, :used] = sequence.table[:used]
@@ -72,6 +79,7 @@ class Sequences:
         )
         owner = np.repeat(np.arange(count), lengths)
         positions = np.arange(int(ends[-1])) - firsts[owner] + starts[owner]
+        places = positions - dropped[owner]
         samples = np.fromiter((item.samples for item in work), np.bool_, count)
         cu_seqlens = np.zeros(count + 1, np.int32)
         cu_seqlens[1:] = ends
@@ -79,9 +87,9 @@ class Sequences:
             token_ids=token_ids,
             positions=positions,
             cu_seqlens_q=cu_seqlens,
-            seqlens_k=(starts + lengths).astype(np.int32),
+            seqlens_k=contexts.astype(np.int32),
             block_table=table,
-            slot_mapping=table[owner, positions // size].astype(np.int64) * size + positions % size,
+            slot_mapping=table[owner, places // size].astype(np.int64) * size + places % size,
             sample_rows=(ends - 1)[samples],
         )
         drawn = [sequence for item, sequence in zip(work, sequences, strict=True) if item.samples]
@@ -94,6 +102,26 @@ class Sequences:
         if sequence.known < len(sequence.tokens):  # the last one of all is never fed back
             sequence.tokens[sequence.known] = token
         sequence.known += 1
+
+    def table(self, name: RequestId) -> tuple[IntArray, int]:
+        """Its cache blocks, in order, and how many tokens they hold."""
+        sequence = self._known[name]
+        return sequence.table[: sequence.held], sequence.context
+
+    def compact(self, item: Compaction, plan: StepPlan) -> None:
+        """The blocks that a compaction gives up leave the table, which closes over them."""
+        sequence = self._find(item.request, plan, "compacts")
+        end = item.sinks + len(item.blocks)
+        if tuple(sequence.table[item.sinks : min(end, sequence.held)].tolist()) != item.blocks:
+            raise ExecutorError(
+                f"step {plan.index}, request '{item.request}': gives up blocks {item.blocks}, which aren't those "
+                f"of its table from {item.sinks} on"
+            )
+        sequence.table[item.sinks : sequence.held - len(item.blocks)] = sequence.table[
+            end : sequence.held
+        ].copy()
+        sequence.held -= len(item.blocks)
+        sequence.dropped += item.tokens
 
     def _enter(self, request: Request, plan: StepPlan) -> _Sequence:
         prompt = request.prompt.token_ids(self._vocab_size)
@@ -137,7 +165,11 @@ class Sequences:
             raise ExecutorError(
                 f"{where}: to compute tokens {item.start} .. {end} of {sequence.known} known ones"
             )
-        if end > sequence.held * self._block_size:
+        if item.dropped != sequence.dropped:
+            raise ExecutorError(
+                f"{where}: {item.dropped} tokens are said to be dropped, and {sequence.dropped} are"
+            )
+        if item.context > sequence.held * self._block_size:
             raise ExecutorError(
                 f"{where}: its table holds {sequence.held} blocks of {self._block_size} tokens; the work reaches "
                 f"{end}"
@@ -148,4 +180,5 @@ class Sequences:
             raise ExecutorError(
                 f"{where}: the work reaches token {end}; the model's longest context is {self._max_context}"
             )
+        sequence.context = item.context
         return sequence

@@ -49,7 +49,12 @@ class SimExecutor:
             tokens = (0,) * plan.samples
         timing = self._timing
         return StepResult(
-            tokens, timing.prepare_ns, timing.forward_ns, timing.sample_ns, transfer_ns=timing.transfer_ns
+            tokens,
+            timing.prepare_ns,
+            timing.forward_ns,
+            timing.sample_ns,
+            transfer_ns=timing.transfer_ns,
+            compact_ns=timing.compact_ns,
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lab.control.blame import blame
+from lab.control.compress import Compression
 from lab.control.decodes import Decodes, WorkList
 from lab.control.estimate import StepEstimate
 from lab.control.executor import Capacity
@@ -22,6 +23,7 @@ from lab.control.request import Request, RequestId
 from lab.control.step import Limits, StepBuilder
 from lab.errors import DiptychError, ExecutorError, PolicyError, RequestRefused
 from lab.policy import (
+    CompressionPolicy,
     EvictionPolicy,
     How,
     LengthPredictor,
@@ -92,7 +94,8 @@ class EngineCore:
 
     `capacity` describes the KV cache, the host tier behind it, and the longest context. Everything that a
     request's life produces goes to `observer`. Without a `predictor`, output lengths are known; without
-    `preemption`, the last in the scheduler's order is preempted. Single-threaded; plan and commit alternate.
+    `preemption`, the last in the scheduler's order is preempted; without `compression`, requests keep all their KV.
+    Single-threaded; plan and commit alternate.
 
     `aggregate` keeps decodes in steady state as sums (`lab.control.decodes`), for a data plane whose tokens carry
     no meaning where the output's length is forced: the same decisions, but such tokens are not emitted.
@@ -108,6 +111,8 @@ class EngineCore:
         prefix_cache: bool = True,
         preemption: PreemptionPolicy | None = None,
         predictor: LengthPredictor | None = None,
+        compression: CompressionPolicy | None = None,
+        compression_name: str = "",
         observer: Observer | None = None,
         replica: int = 0,
         policy_name: str = "",
@@ -119,6 +124,9 @@ class EngineCore:
         self.limits = limits or Limits()
         self._eviction, self._preemption = eviction, preemption or PreemptionPolicy()
         self._predictor = predictor
+        self._compression = Compression(
+            compression, compression_name, capacity.block_size, self.limits.token_budget, prefix_cache
+        )
         self.capacity = capacity
         self._index = 0
         self.pool: BlockPool = self._evicting(
@@ -222,7 +230,9 @@ class EngineCore:
                 available=self.capacity.max_context,
             )
         # The last token that is generated is never fed back, so its KV is never stored.
-        needed = -(-(tokens - 1) // self.pool.block_size)
+        keep = self._compression.keep(request)
+        peak = self._compression.peak(keep)
+        needed = -(-min(tokens - 1, peak) // self.pool.block_size)
         if needed > self.pool.total:
             raise RequestRefused(
                 request.id,
@@ -232,6 +242,8 @@ class EngineCore:
                 available=self.pool.total,
             )
         live = LiveRequest(request, self._seq, decision, self.pool.block_size, self._predict(request, now))
+        live.keep, live.peak = keep, peak
+        live.plain = live.plain and keep is None
         self._load.to_compute += live.known
         self._load.expected += live.predicted
         self._seq += 1
@@ -297,6 +309,7 @@ class EngineCore:
             self.host,
             self.estimate,
             self.capacity.transfer_ns,
+            self._compression,
             on_admit=self._admitted,
             on_preempt=self._preempted,
             on_reject=self._rejected,
@@ -327,6 +340,8 @@ class EngineCore:
         load.context += plan.tokens
         tokens = iter(result.tokens)
         emissions: list[Emission] = []
+        if plan.compactions:
+            self._compact(plan, now)
         if plan.decodes.seqs:
             self._advance(plan, now)
             tokens = iter(result.tokens[plan.decodes.seqs :])
@@ -443,7 +458,7 @@ class EngineCore:
         expected = _Load(
             sum(live.known - live.computed for live in everybody),
             sum(max(live.predicted - len(live.output), 0) for live in everybody),
-            sum(live.computed for live in self._running.values()),
+            sum(live.computed - live.dropped for live in self._running.values()),
         )
         assert self._load == expected, f"{self._load} is kept, {expected} is there"
         for name, live in self._requests.items():
@@ -456,9 +471,10 @@ class EngineCore:
             assert live.computed < live.known, f"{live.view!r} has nothing left to compute"
             capacity = len(live.blocks or live.host) * self.pool.block_size
             assert not (live.blocks and live.host), f"{live.view!r} is on the device and the host at once"
-            assert live.computed + live.granted_now <= capacity, (
+            assert live.computed - live.dropped + live.granted_now <= capacity, (
                 f"{live.view!r} holds {capacity} tokens of blocks"
             )
+            self._compression.check(live)
         assert len(self._running) <= self.limits.max_seqs
 
     # -- inside --------------------------------------------------------------------------------------
@@ -468,8 +484,9 @@ class EngineCore:
         rejected = tuple((live.request.id, reason) for live, reason in step.rejected)
         work = tuple(step.work)
         moves = (tuple(step.swap_out), tuple(step.swap_in))
+        compactions = tuple(step.compactions)
         decoding = step.decoding
-        self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves, decoding)
+        self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves, decoding, compactions)
         listed: Sequence[Work] = work
         if decoding.seqs:
             listed = WorkList(work, decoding.seqs, lambda: self._decodes.listing(decoding))
@@ -492,6 +509,7 @@ class EngineCore:
             swap_out=moves[0],
             swap_in=moves[1],
             released=tuple(self._released),
+            compactions=compactions,
             decodes=decoding,
         )
         self._released.clear()
@@ -502,7 +520,7 @@ class EngineCore:
         granted = step.granted
         prefill, decode, context = 0, plan.decodes.seqs, plan.decodes.context
         for live, work in zip(granted, plan.items, strict=True):
-            context += work.start + work.tokens
+            context += work.context
             if work.start >= live.prompt_tokens and work.tokens == 1:
                 decode += 1
             else:
@@ -543,7 +561,7 @@ class EngineCore:
         load = self._load
         load.to_compute -= live.known - live.computed
         load.expected -= max(live.predicted - len(live.output), 0)
-        load.context -= live.computed if live.status == "running" else 0
+        load.context -= live.computed - live.dropped if live.status == "running" else 0
         live.status = "ended"
         if live.seen:
             self._released.append(name)
@@ -590,12 +608,23 @@ class EngineCore:
 
     def _admitted(self, live: LiveRequest, supplied: int) -> None:
         self._load.to_compute -= supplied
-        self._load.context += live.computed
+        self._load.context += live.computed - live.dropped
 
-    def _preempted(self, live: LiveRequest, how: How, now: int, computed: int) -> None:
-        self._load.context -= computed
+    def _preempted(self, live: LiveRequest, how: How, now: int, computed: int, held: int) -> None:
+        self._load.context -= held
         self._load.to_compute += computed - live.computed
         self._call(self.policy.on_preempt, live.view, how, now)
+
+    def _compact(self, plan: StepPlan, now: int) -> None:
+        """Requests let go of what the data plane has given up."""
+        for item in plan.compactions:
+            live, end = self._requests[item.request], item.sinks + len(item.blocks)
+            gone = live.blocks[item.sinks : end]
+            del live.blocks[item.sinks : end]
+            live.dropped += item.tokens
+            live.dropped_tokens += item.tokens
+            self._load.context -= item.tokens
+            self._evicting("on_evictable", self.pool.release, gone, now)
 
     def _rejected(self, live: LiveRequest, reason: str, now: int) -> None:
         self._end(live, "rejected", reason, now)

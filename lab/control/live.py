@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lab.control.observer import Decision, Interval, Outcome, Phase, RequestRecord
 from lab.control.plan import TokenLogprobs
 from lab.control.request import Request, RequestId
+from lab.policy import NEVER, KvKeep
 from lab.state.blocks import Block
 from lab.state.prefix import ContentChain
 
@@ -53,6 +54,11 @@ class View:
     @property
     def computed(self) -> int:
         return self._live.now().computed
+
+    @property
+    def kept(self) -> int:
+        live = self._live.now()
+        return live.computed - live.dropped
 
     @property
     def remaining(self) -> int:
@@ -103,12 +109,16 @@ class LiveRequest:
         "computed_tokens",
         "decision",
         "decodes",
+        "dropped",
+        "dropped_tokens",
         "granted",
         "host",
         "intervals",
+        "keep",
         "known",
         "logprobs",
         "output",
+        "peak",
         "phase",
         "phase_cause",
         "phase_first",
@@ -139,6 +149,11 @@ class LiveRequest:
         self.prompt_tokens = len(request.prompt)
         self.known = self.prompt_tokens
         self.computed = 0
+        self.dropped = self.dropped_tokens = 0
+        """Of the computed tokens, those whose KV was given up: now, and in its whole life."""
+        self.keep: KvKeep | None = None
+        self.peak = NEVER
+        """What KV compression lets it keep, and the most tokens of KV that it then ever holds."""
         self.granted = 0
         """Tokens granted in the step being built."""
         self.blocks: list[Block] = []
@@ -237,6 +252,7 @@ class LiveRequest:
             computed_tokens=self.computed_tokens,
             preemptions=self.preemptions,
             predicted_output=self.predicted,
+            dropped_tokens=self.dropped_tokens,
             token_times=tuple(self.token_times),
             intervals=tuple(self.intervals),
             output=tuple(self.output),

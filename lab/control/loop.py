@@ -50,6 +50,7 @@ def serve(core: Planner, executor: Executor, timer: ControlTimer, now: Callable[
                 result.sample_ns,
                 commit_ns,
                 result.transfer_ns,
+                result.compact_ns,
             )
         )
         yield commit_ns

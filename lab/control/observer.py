@@ -70,6 +70,8 @@ class RequestRecord:
     """One for each generated token, where they were asked for."""
     predicted_output: int = 0
     """Output tokens that the length predictor foresaw; 0 for one that never entered an engine."""
+    dropped_tokens: int = 0
+    """Tokens whose KV compression gave up, recomputed ones included."""
 
     @property
     def met_objectives(self) -> bool:
@@ -98,7 +100,7 @@ class StepRecord:
     decode_tokens: int
     """Tokens of work items that continue a prompt / extend a generated sequence by one."""
     context_tokens: int
-    """Sum over the work items of the tokens they attend to (start + tokens)."""
+    """Sum over the work items of the tokens they attend to (start + tokens, less what compression dropped)."""
     blocks_free: int
     blocks_cached: int
     blocks_held: int

@@ -34,6 +34,13 @@ class Work:
     tokens: int
     samples: bool
     blocks: tuple[BlockId, ...] = ()
+    dropped: int = 0
+    """Earlier tokens whose KV compression has dropped: their places in the table are closed over."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that the last of these attends to, itself included."""
+        return self.start + self.tokens - self.dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,23 @@ NO_DECODES = Decoding()
 
 
 @dataclass(frozen=True, slots=True)
+class Compaction:
+    """KV that a request gives up when the step's work is done: `blocks` of its table, `tokens` in all.
+
+    The blocks lie side by side in the table, after the first `sinks`. By which `rule` their content is chosen is the
+    data plane's business: empty, it's what they hold; else the name of a compression policy, whose scores say so
+    for each layer, with the last `recent` full blocks left alone. What is to stay moves to where what goes lay.
+    """
+
+    request: RequestId
+    blocks: tuple[BlockId, ...]
+    tokens: int
+    sinks: int = 0
+    recent: int = 0
+    rule: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One engine iteration, decided. Executing it needs no knowledge of queues, policies or arrivals."""
 
@@ -85,6 +109,8 @@ class StepPlan:
     """Carried out before anything else: what is written next may lie in the blocks that they empty."""
     swap_in: tuple[Move, ...] = ()
     """Carried out after `swap_out` and before the work that needs it."""
+    compactions: tuple[Compaction, ...] = ()
+    """Carried out after all else."""
 
     decodes: Decoding = NO_DECODES
     """Sums over the first `decodes.seqs` of `work`, where the engine keeps them as aggregates: `work` then
@@ -114,6 +140,11 @@ class StepPlan:
         """Blocks copied between device and host, both ways together."""
         return sum(len(move.pairs) for move in (*self.swap_out, *self.swap_in))
 
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens whose KV is given up."""
+        return sum(item.tokens for item in self.compactions)
+
 
 @lru_cache(maxsize=1 << 14)
 def weight(request: RequestId) -> int:
@@ -133,6 +164,7 @@ def chain(
     swap_out: Sequence[Move] = (),
     swap_in: Sequence[Move] = (),
     decodes: Decoding = NO_DECODES,
+    compactions: Sequence[Compaction] = (),
 ) -> str:
     """Digest of a plan's decisions chained over `previous` (blake2b, 128 bits, hex).
 
@@ -166,13 +198,15 @@ def chain(
     for mark_, moves in (("out", swap_out), ("in", swap_in)):
         for move in moves:
             parts.append(f"\x1e{mark_}\x1f{move.request}\x1f{move.pairs}".encode())
+    for gone in compactions:
+        parts.append(f"\x1ecompact\x1f{gone.request}\x1f{gone.rule}\x1f{gone.recent}\x1f{gone.blocks}".encode())
     return hashlib.blake2b(previous.encode() + head + b"".join(parts), digest_size=16).hexdigest()
 
 
 def digest_of(previous: str, plan: StepPlan) -> str:
     """The digest that a plan should carry when it follows one of digest `previous`."""
     moves = (plan.swap_out, plan.swap_in)
-    return chain(previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves)
+    return chain(previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves, compactions=plan.compactions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +231,12 @@ class StepResult:
     logprobs: Mapping[RequestId, TokenLogprobs] = field(default_factory=dict)
     transfer_ns: int = 0
     """Copies between device and host, before the rest."""
+    compact_ns: int = 0
+    """Choosing and moving KV that compression keeps, after the rest."""
 
     @property
     def duration_ns(self) -> int:
-        return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns
+        return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns + self.compact_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +249,11 @@ class StepTiming:
     sample_ns: int
     commit_ns: int
     transfer_ns: int = 0
+    compact_ns: int = 0
 
     @property
     def execute_ns(self) -> int:
-        return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns
+        return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns + self.compact_ns
 
     @property
     def total_ns(self) -> int:

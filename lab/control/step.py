@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lab.control.blame import blame
+from lab.control.compress import Compression
 from lab.control.decodes import Decodes
 from lab.control.estimate import StepEstimate
 from lab.control.live import LiveRequest, View
-from lab.control.plan import NO_DECODES, Move, Work
+from lab.control.plan import NO_DECODES, Compaction, Move, Work
 from lab.control.request import RequestId
 from lab.errors import ConfigError, PolicyError
 from lab.policy import Grant, How, PreemptionPolicy, RequestView, Shortage
@@ -82,8 +83,9 @@ class StepBuilder:
         host: HostTier,
         estimate: StepEstimate,
         transfer_ns: Callable[[int], int],
+        compression: Compression,
         on_admit: Callable[[LiveRequest, int], None],
-        on_preempt: Callable[[LiveRequest, How, int, int], None],
+        on_preempt: Callable[[LiveRequest, How, int, int, int], None],
         on_reject: Callable[[LiveRequest, str, int], None],
         decodes: Decodes,
     ) -> None:
@@ -95,6 +97,7 @@ class StepBuilder:
         self._on_reject = on_reject
         self._preemption, self._host = preemption, host
         self._estimate, self._transfer_ns = estimate, transfer_ns
+        self._compression = compression
         self.running, self.waiting = _Views(running), _Views(waiting)
         self.work: list[Work] = []
         self.granted: list[LiveRequest] = []
@@ -106,6 +109,7 @@ class StepBuilder:
         """Those granted by `run_decodes`, where requests are touched one by one: the first of `granted`."""
         self.swap_out: list[Move] = []
         self.swap_in: list[Move] = []
+        self.compactions: list[Compaction] = []
 
     # -- what a policy reads -----------------------------------------------------------------------
 
@@ -136,9 +140,9 @@ class StepBuilder:
     def blocks_for(self, request: RequestView | RequestId, tokens: int) -> int:
         live = self._find(request, "blocks_for")
         if live.status == "running":
-            return self._cost(len(live.blocks), live.computed + tokens, [])
+            return self._cost(len(live.blocks), self._held(live, live.computed + tokens), [])
         hits = self._hits(live)
-        return self._cost(len(hits), self._ready(live, hits) + tokens, hits)
+        return self._cost(len(hits), self._held(live, self._ready(live, hits) + tokens), hits)
 
     def fits_without(self, request: RequestView | RequestId, victims: Sequence[RequestView]) -> bool:
         live, pool = self._find(request, "fits_without"), self._pool
@@ -149,7 +153,7 @@ class StepBuilder:
                 dropped[block.id] += 1
                 freed += dropped[block.id] == block.refs  # a shared block is freed by its last holder
         hits = self._hits(live)
-        fresh = -(-live.known // pool.block_size) - len(hits)
+        fresh = -(-self._held(live, live.known) // pool.block_size) - len(hits)
         return fresh + sum(block.refs == dropped[block.id] for block in hits) <= pool.available + freed
 
     def frees(self, request: RequestView | RequestId) -> int:
@@ -218,7 +222,7 @@ class StepBuilder:
         # A request that lost its blocks once comes back only when everything it knows fits: with room for
         # just the next chunk it would push others out, or be pushed out itself, and compute the same again.
         reach = live.known if live.preemptions and live.status == "waiting" else computed + granted
-        if self._cost(held, reach, hits) > room:
+        if self._cost(held, self._held(live, reach), hits) > room:
             return Grant(0, Shortage.BLOCKS)
 
         if live.status == "waiting":
@@ -228,14 +232,16 @@ class StepBuilder:
             before = len(live.blocks)
             if live.steady:
                 self._step_out(live)
-        self._extend(live, computed + granted)
+        self._extend(live, computed + granted - live.dropped)
         if live.host:
             self._swap_in(live, held)
         self.tokens_left -= granted
         live.granted = granted
         self.granted.append(live)
         added = tuple(block.id for block in live.blocks[before:])
-        self.work.append(Work(live.request.id, computed, granted, live.samples_after, added))
+        self.work.append(Work(live.request.id, computed, granted, live.samples_after, added, live.dropped))
+        if live.keep is not None and (surplus := self._compression.surplus(live)) is not None:
+            self.compactions.append(surplus)
         return Grant(granted)
 
     def run_decodes(self) -> Sequence[RequestView]:
@@ -276,7 +282,7 @@ class StepBuilder:
             self._misuse("preempt", live, "it isn't running")
         if live.granted_now:
             self._misuse("preempt", live, f"it was granted {live.granted_now} tokens in this step already")
-        kept = -(-live.computed // self._pool.block_size)
+        kept = -(-(live.computed - live.dropped) // self._pool.block_size)
         if not 0 < kept <= self._host.free:
             how = "recompute"
         elif how is None:
@@ -289,20 +295,20 @@ class StepBuilder:
         self.decodes.drop(live)
         del self._running[live.request.id]
         self._waiting[live.request.id] = live
-        lost = live.computed
+        lost, held = live.computed, live.computed - live.dropped
         if how == "swap":
             live.host = self._host.take(kept)
             pairs = zip((block.id for block in live.blocks[:kept]), live.host, strict=True)
             self.swap_out.append(Move(live.request.id, tuple(pairs)))
         else:
-            live.computed = 0
+            live.computed = live.dropped = 0
         self._pool.release(live.blocks, self.now)
         live.status = "waiting"
         live.blocks, live.published = [], 0
         live.preemptions += 1
         live.enter("queue", self.now, "swapped" if how == "swap" else "preempted")
         self.preempted.append((live, how))
-        self._on_preempt(live, how, self.now, lost)
+        self._on_preempt(live, how, self.now, lost, held)
         return how
 
     def reject(self, request: RequestView | RequestId, reason: str) -> None:
@@ -394,6 +400,10 @@ class StepBuilder:
             return []
         limit = (live.known - 1) // pool.block_size
         return pool.match(live.chain.upto(limit), limit)
+
+    def _held(self, live: LiveRequest, tokens: int) -> int:
+        """Tokens of KV that a request holds at most while it computes up to its `tokens`-th."""
+        return min(tokens - live.dropped, live.peak)
 
     def _cost(self, held: int, tokens: int, hits: list[Block]) -> int:
         """Blocks that leave `available` when a table of `held` blocks grows to hold `tokens` tokens."""

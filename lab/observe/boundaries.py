@@ -15,7 +15,8 @@ Attribute names follow OpenTelemetry's GenAI conventions where they have one and
                                               │   ├── kv.transfer   swapping out and in
     gateway.scale (root, one trace)           │   ├── step.prepare
                                               │   ├── step.forward
-                                              │   └── step.sample
+                                              │   ├── step.sample
+                                              │   └── kv.compact    KV that compression gives up
                                               └── step.commit
                                                   └── kv.release    finish
 """
@@ -104,6 +105,7 @@ DECLARED: tuple[Boundary, ...] = (
             ("lab.request.preemptions", "int"),
             ("lab.request.cached_blocks", "int"),
             ("lab.request.computed_tokens", "int"),
+            ("lab.request.dropped_tokens", "int"),
             ("lab.slo.ttft_ns", "int"),
             ("lab.slo.tpot_ns", "int"),
             ("lab.replica", "int"),
@@ -115,6 +117,7 @@ DECLARED: tuple[Boundary, ...] = (
                 "gen_ai.conversation.id",
                 "error.type",
                 "lab.request.tenant",
+                "lab.request.dropped_tokens",
                 "lab.slo.ttft_ns",
                 "lab.slo.tpot_ns",
             }
@@ -277,6 +280,19 @@ DECLARED: tuple[Boundary, ...] = (
         emitted_at=_EXECUTOR,
         doc="The next tokens were drawn.",
         attributes=(("lab.batch.samples", "int"),),
+    ),
+    Boundary(
+        name="kv.compact",
+        parents=("step.execute",),
+        plane="data",
+        path="state",
+        emitted_at=_EXECUTOR,
+        doc="Requests gave up KV beyond what compression lets them keep; what stays moved. Absent when none did.",
+        attributes=(
+            ("lab.kv.requests", "int"),
+            ("lab.kv.blocks", "int"),
+            ("lab.kv.dropped_tokens", "int"),
+        ),
     ),
     Boundary(
         name="step.commit",

@@ -6,11 +6,12 @@ sums of requests) repeat what the lists say, for whoever reads a single table.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from lab.control.observer import FleetEvent, Interval, RequestRecord, StepRecord
-from lab.control.plan import Move, TokenLogprobs
+from lab.control.plan import Compaction, Move, TokenLogprobs
 from lab.control.request import Piece, Request, Segment
 from lab.observe import metrics
 from lab.observe.parquet import Column
@@ -60,6 +61,7 @@ REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("computed_tokens", "int64", lambda r: r.computed_tokens),
     ("preemptions", "int64", lambda r: r.preemptions),
     ("predicted_output", "int64", lambda r: r.predicted_output),
+    ("dropped_tokens", "int64", lambda r: r.dropped_tokens),
     ("first_scheduled_ns", "int64", metrics.first_scheduled),
     ("first_token_ns", "int64", lambda r: r.token_times[0] if r.token_times else None),
     ("last_token_ns", "int64", lambda r: r.token_times[-1] if r.token_times else None),
@@ -85,6 +87,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("sample_ns", "int64", lambda s: s.timing.sample_ns),
     ("commit_ns", "int64", lambda s: s.timing.commit_ns),
     ("transfer_ns", "int64", lambda s: s.timing.transfer_ns),
+    ("compact_ns", "int64", lambda s: s.timing.compact_ns),
     ("end_ns", "int64", lambda s: s.end),
     ("batch", "int64", lambda s: len(s.plan.work)),
     ("prefill_tokens", "int64", lambda s: s.prefill_tokens),
@@ -102,6 +105,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("released_commit", "int64", lambda s: s.released_commit),
     ("preempted", "int64", lambda s: len(s.plan.preempted)),
     ("moved_blocks", "int64", lambda s: s.plan.moved_blocks),
+    ("dropped_tokens", "int64", lambda s: s.plan.dropped_tokens),
     ("rejected", "int64", lambda s: len(s.plan.rejected)),
     ("digest", "string", lambda s: s.plan.digest),
 )
@@ -116,12 +120,14 @@ PLANS: tuple[Column[StepRecord], ...] = (
     ("tokens", "list<int64>", lambda s: [work.tokens for work in s.plan.work]),
     ("samples", "list<bool>", lambda s: [work.samples for work in s.plan.work]),
     ("blocks", "list<list<int32>>", lambda s: [work.blocks for work in s.plan.work]),
+    ("dropped", "list<int64>", lambda s: [work.dropped for work in s.plan.work]),
     ("new", "list<string>", lambda s: [request.id for request in s.plan.new]),
     ("admitted", "list<string>", lambda s: s.plan.admitted),
     ("preempted", "list<string>", lambda s: [request for request, _ in s.plan.preempted]),
     ("preempted_how", "list<string>", lambda s: [how for _, how in s.plan.preempted]),
     ("swap_out", "moves", lambda s: [_move(move) for move in s.plan.swap_out]),
     ("swap_in", "moves", lambda s: [_move(move) for move in s.plan.swap_in]),
+    ("compactions", "compactions", lambda s: [_compaction(item) for item in s.plan.compactions]),
     ("rejected", "list<string>", lambda s: [request for request, _ in s.plan.rejected]),
     ("rejected_reason", "list<string>", lambda s: [reason for _, reason in s.plan.rejected]),
     ("released", "list<string>", lambda s: s.plan.released),
@@ -163,6 +169,10 @@ def _move(move: Move) -> dict[str, Any]:
         "device": [device for device, _ in move.pairs],
         "host": [host for _, host in move.pairs],
     }
+
+
+def _compaction(item: Compaction) -> dict[str, Any]:
+    return {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
 
 
 def _interval(part: Interval) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
-from lab.control.plan import Move, StepPlan, StepTiming, TokenLogprobs, Work
+from lab.control.plan import Compaction, Move, StepPlan, StepTiming, TokenLogprobs, Work
 from lab.control.request import Piece, Prompt, Request, SamplingParams, Segment
 from lab.errors import RunError
 from lab.observe.columns import FLEET, PLANS, REQUESTS, SPANS, STEPS, WORKLOAD
@@ -122,6 +122,7 @@ def read_requests(path: Path, workload: Iterable[Request]) -> list[RequestRecord
             ),
             output=tuple(row["output"]),
             predicted_output=row["predicted_output"],
+            dropped_tokens=row["dropped_tokens"],
             logprobs=tuple(
                 TokenLogprobs(item["chosen"], tuple((top["token"], top["logprob"]) for top in item["top"]))
                 for item in row["logprobs"]
@@ -166,13 +167,14 @@ def read_fleet(path: Path) -> list[FleetEvent]:
 
 
 def _plan(row: dict[str, Any], known: dict[str, Request]) -> StepPlan:
-    work = zip(row["request"], row["start"], row["tokens"], row["samples"], row["blocks"], strict=True)
+    columns = ("request", "start", "tokens", "samples", "blocks", "dropped")
+    work = zip(*(row[column] for column in columns), strict=True)
     return StepPlan(
         index=row["step"],
         now=row["now_ns"],
         work=tuple(
-            Work(request, start, tokens, samples, tuple(blocks))
-            for request, start, tokens, samples, blocks in work
+            Work(request, start, tokens, samples, tuple(blocks), dropped)
+            for request, start, tokens, samples, blocks, dropped in work
         ),
         digest=row["digest"],
         new=tuple(known[request] for request in row["new"]),
@@ -180,6 +182,9 @@ def _plan(row: dict[str, Any], known: dict[str, Request]) -> StepPlan:
         preempted=tuple(zip(row["preempted"], row["preempted_how"], strict=True)),
         swap_out=tuple(_unmove(item) for item in row["swap_out"]),
         swap_in=tuple(_unmove(item) for item in row["swap_in"]),
+        compactions=tuple(
+            Compaction(**{**item, "blocks": tuple(item["blocks"])}) for item in row["compactions"]
+        ),
         rejected=tuple(zip(row["rejected"], row["rejected_reason"], strict=True)),
         released=tuple(row["released"]),
     )

@@ -42,6 +42,10 @@ def _arrow(kind: str) -> Any:
     if kind == "moves":
         blocks = [("device", pa.list_(pa.int32())), ("host", pa.list_(pa.int32()))]
         return pa.list_(pa.struct([("request", pa.string()), *blocks]))
+    if kind == "compactions":
+        counts = [(name, pa.int64()) for name in ("tokens", "sinks", "recent")]
+        blocks = [("blocks", pa.list_(pa.int32())), *counts]
+        return pa.list_(pa.struct([("request", pa.string()), *blocks, ("rule", pa.string())]))
     if kind == "logprobs":
         top = pa.list_(pa.struct([("token", pa.int32()), ("logprob", pa.float64())]))
         return pa.list_(pa.struct([("chosen", pa.float64()), ("top", top)]))

@@ -110,6 +110,7 @@ def request_spans(record: RequestRecord, info: RunInfo) -> Iterator[SpanRow]:
         record.preemptions,
         record.cached_blocks,
         record.computed_tokens,
+        record.dropped_tokens or None,
         request.ttft_slo,
         request.tpot_slo,
         decision.replica,
@@ -187,7 +188,12 @@ def step_spans(step: StepRecord, info: RunInfo, targets: Mapping[str, Target] | 
     samples = plan.samples
     yield _row(_PREPARE, trace, index, row.span_id, ready, prepared)
     yield _row(_FORWARD, trace, index, row.span_id, prepared, forwarded, plan.tokens)
-    yield _row(_SAMPLE, trace, index, row.span_id, forwarded, executed, samples)
+    sampled = forwarded + timing.sample_ns
+    yield _row(_SAMPLE, trace, index, row.span_id, forwarded, sampled, samples)
+    if plan.compactions:
+        blocks = sum(len(item.blocks) for item in plan.compactions)
+        lost = (len(plan.compactions), blocks, plan.dropped_tokens)
+        yield _row(_COMPACT, trace, index, row.span_id, sampled, executed, *lost)
 
     row = _row(_COMMIT, trace, index, root.span_id, executed, step.end)
     yield row
@@ -298,4 +304,4 @@ _PHASES = {phase: BOUNDARIES[f"request.{phase}"] for phase in ("queue", "prefill
 _STEP, _PLAN, _EXECUTE, _COMMIT = (BOUNDARIES[f"step{part}"] for part in ("", ".plan", ".execute", ".commit"))
 _PREPARE, _FORWARD, _SAMPLE = (BOUNDARIES[f"step.{part}"] for part in ("prepare", "forward", "sample"))
 _ALLOCATE, _EVICT, _RELEASE = (BOUNDARIES[f"kv.{part}"] for part in ("allocate", "evict", "release"))
-_TRANSFER, _SCALE = BOUNDARIES["kv.transfer"], BOUNDARIES["gateway.scale"]
+_TRANSFER, _COMPACT, _SCALE = (BOUNDARIES[name] for name in ("kv.transfer", "kv.compact", "gateway.scale"))

@@ -23,6 +23,7 @@ KIND_WORDS = types.MappingProxyType(
     {
         "policy": "a scheduling policy",
         "eviction": "an eviction policy",
+        "compression": "a compression policy",
         "preemption": "a preemption policy",
         "predictor": "a length predictor",
         "admission": "an admission policy",
@@ -199,7 +200,8 @@ def _trial(make: Callable[[], Any], kind: str, seed: int, case: Case) -> list[Wa
         del clutter
     if told[0] != told[1]:
         hook = {"policy": "schedule", "eviction": "victim", "preemption": "victim", "predictor": "predict"}
-        main = hook.get(kind) or {"admission": "admit", "routing": "route", "scaling": "target"}[kind]
+        hook |= {"compression": "keep", "admission": "admit", "routing": "route", "scaling": "target"}
+        main = hook[kind]
         raise Broken("determinism", _parting(*told), watches[0].defined(main))
     return watches
 

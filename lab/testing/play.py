@@ -32,6 +32,7 @@ from lab.errors import PolicyError, RequestRefused
 from lab.policy import (
     NEVER,
     AdmissionPolicy,
+    CompressionPolicy,
     EvictionPolicy,
     How,
     LengthPredictor,
@@ -51,6 +52,7 @@ KINDS: Mapping[str, type] = MappingProxyType(
     {
         "policy": SchedulingPolicy,
         "eviction": EvictionPolicy,
+        "compression": CompressionPolicy,
         "preemption": PreemptionPolicy,
         "predictor": LengthPredictor,
         "admission": AdmissionPolicy,
@@ -183,6 +185,7 @@ def _of_policy_error(watch: Watch, error: PolicyError) -> Broken:
         ("candidates", "expected one of the"),
         ("answer", "foresaw"),
         ("answer", "how() returned"),
+        ("answer", "keep() returned"),
     ):
         if mark in text:
             return Broken(contract, text, watch.place(error))
@@ -378,9 +381,10 @@ def engine(case: Case, parts: Mapping[str, Any], observer: Observer, replica: in
         parts.get("eviction") or _lru()(),
         capacity=capacity,
         limits=Limits(case.token_budget, case.max_seqs, case.chunk),
-        prefix_cache=case.prefix_cache,
+        prefix_cache=case.prefix_cache and "compression" not in parts,
         preemption=parts.get("preemption"),
         predictor=parts.get("predictor"),
+        compression=parts.get("compression"),
         observer=observer,
         replica=replica,
     )

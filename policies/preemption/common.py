@@ -28,7 +28,7 @@ class WithMode(PreemptionPolicy):
 
 def swap_time(victim: RequestView, step: Step) -> int:
     """Nanoseconds to move its KV out and back."""
-    return 2 * step.swap_time(-(-victim.computed // step.block_size))
+    return 2 * step.swap_time(-(-victim.kept // step.block_size))
 
 
 def recompute_time(victim: RequestView, step: Step) -> int:

@@ -43,7 +43,7 @@ class Orca(QueueingPolicy):
             return
 
         def growth(request: RequestView) -> int:
-            return max(-(-self.reach(request, step) // step.block_size) - request.blocks, 0)
+            return step.blocks_for(request, self.reach(request, step) - request.computed)
 
         promised = sum(growth(request) for request in running)
         while self.queue:

@@ -45,4 +45,4 @@ class Sarathi(QueueingPolicy):
 
     def missing(self, request: RequestView, step: Step) -> int:
         """Blocks that it has still to take for what it knows."""
-        return max(-(-request.known // step.block_size) - request.blocks, 0)
+        return step.blocks_for(request, request.remaining)

@@ -41,7 +41,7 @@ class Batch:
         rows = samples = decodes = steady.seqs
         context, longest, pairs, prefill = steady.context, steady.longest, 0, 0
         for work in plan.items:
-            n, end = work.tokens, work.start + work.tokens
+            n, end = work.tokens, work.context
             rows += n
             samples += work.samples
             if n == 1:
@@ -49,7 +49,7 @@ class Batch:
                 context += end
                 longest = max(longest, end)
             else:
-                pairs += n * work.start + n * (n + 1) // 2
+                pairs += n * (end - n) + n * (n + 1) // 2
                 prefill += end
         return cls(rows, len(plan.work), samples, context, decodes * longest, pairs, prefill)
 

@@ -45,6 +45,6 @@ class RecordedCost:
         steady, items = plan.decodes, plan.items
         prefill = sum(work.tokens for work in items if work.tokens > 1)
         decode = steady.seqs + sum(work.tokens for work in items if work.tokens == 1)
-        context = steady.context + sum(work.start + work.tokens for work in items)
+        context = steady.context + sum(work.context for work in items)
         here = np.log1p([prefill, decode, context])
         return int(np.argmin(((self._shapes - here) ** 2).sum(axis=1)))

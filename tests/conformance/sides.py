@@ -28,6 +28,8 @@ class Setting:
     preemption: str = "last"
     predictor: str = "oracle"
     host_blocks: int = 0
+    compression: str = "none"
+    budget: int = 16
 
     @property
     def spec(self) -> EngineSpec:
@@ -37,7 +39,10 @@ class Setting:
             "predictor": {"name": self.predictor},
             "preemption": {"name": self.preemption, "mode": "swap" if self.host_blocks else "recompute"},
         }
-        return EngineSpec(policies, Limits(48, 6, 32), self.prefix_cache, 0)
+        if self.compression != "none":
+            policies["compression"] = {"name": self.compression, "budget": self.budget}
+        cached = self.prefix_cache and self.compression == "none"
+        return EngineSpec(policies, Limits(48, 6, 32), cached, 0)
 
     def executor(self, model: LoadedModel) -> TorchExecutor:
         return TorchExecutor(model, blocks=self.blocks, block_size=4, host_blocks=self.host_blocks)

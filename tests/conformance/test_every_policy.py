@@ -13,12 +13,17 @@ from tests.conformance.sides import Setting, conversation, run_real, run_replaye
 TIGHT = 40
 """KV blocks at which requests are evicted and preempted."""
 
+COMPRESSIONS = [name for name in plugins.names("compression") if name != "none"]
+
 CASES = [
     *(Setting(policy=name, blocks=TIGHT) for name in plugins.names("policy")),
     *(Setting(eviction=name, blocks=TIGHT) for name in plugins.names("eviction")),
     *(Setting(preemption=name, blocks=TIGHT) for name in plugins.names("preemption")),
     *(Setting(preemption=name, blocks=TIGHT, host_blocks=60) for name in plugins.names("preemption")),
     *(Setting(policy="srpt", predictor=name, blocks=TIGHT) for name in plugins.names("predictor")),
+    *(Setting(compression=name, blocks=blocks) for name in COMPRESSIONS for blocks in (TIGHT, 400)),
+    *(Setting(compression=name, blocks=26, host_blocks=60) for name in COMPRESSIONS),
+    *(Setting(policy=name, compression="knorm", blocks=26) for name in plugins.names("policy")),
 ]
 
 
@@ -43,6 +48,12 @@ def test_replaying_the_real_durations_gives_the_real_plans(setting: Setting, tin
     outcomes = {record.request.id: record.outcome for record in real.requests}
     assert outcomes.pop("giant") == "rejected"
     assert set(outcomes.values()) <= {"finished", "rejected"}
+    if setting.compression != "none":
+        assert any(step.plan.compactions for step in real.steps), (
+            "nothing was dropped: the case tests nothing"
+        )
+        tight = setting.blocks < TIGHT
+        assert any(step.plan.preempted for step in real.steps) >= tight, "nobody was preempted"
     if setting.host_blocks:
         assert any(step.plan.swap_in for step in real.steps), "nothing was swapped: the case tests nothing"
 

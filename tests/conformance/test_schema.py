@@ -51,19 +51,28 @@ def sides(tiny: LoadedModel) -> tuple[list[SpanRow], list[SpanRow], Recorder]:
     return rows(real, "real"), rows(sim, "sim"), real
 
 
+@pytest.fixture(scope="module")
+def compressed(tiny: LoadedModel) -> tuple[list[SpanRow], list[SpanRow]]:
+    setting, requests = Setting(compression="tova"), conversation(6)
+    real = run_real(setting, tiny, requests)
+    sim, _ = run_replayed(setting, tiny, requests, real)
+    return rows(real, "real"), rows(sim, "sim")
+
+
 def test_spans_parents_and_attributes_are_the_same_on_both_sides(
-    sides: tuple[list[SpanRow], list[SpanRow], Recorder],
+    sides: tuple[list[SpanRow], list[SpanRow], Recorder], compressed: tuple[list[SpanRow], list[SpanRow]]
 ) -> None:
-    real, sim, _ = sides
-    assert shapes(real) == shapes(sim)
-    assert {row.span_id for row in real} == {row.span_id for row in sim}
+    for real, sim in (sides[:2], compressed):
+        assert shapes(real) == shapes(sim)
+        assert {row.span_id for row in real} == {row.span_id for row in sim}
 
 
 def test_every_declared_boundary_is_emitted_and_every_span_is_declared(
-    sides: tuple[list[SpanRow], list[SpanRow], Recorder],
+    sides: tuple[list[SpanRow], list[SpanRow], Recorder], compressed: tuple[list[SpanRow], list[SpanRow]]
 ) -> None:
-    for side in sides[:2]:
-        assert check(side) == set(BOUNDARIES)
+    for whole, part in zip(sides[:2], compressed, strict=True):
+        assert check(whole) | check(part) == set(BOUNDARIES)
+        assert "kv.compact" in check(part)
 
 
 def test_children_lie_inside_their_parents_and_no_interval_is_negative(

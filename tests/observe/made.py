@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
-from lab.control.plan import GENESIS, Move, StepPlan, StepTiming, Work, chain
+from lab.control.plan import GENESIS, Compaction, Move, StepPlan, StepTiming, Work, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.recorder import Recorder
@@ -72,6 +72,7 @@ class _Life:
             token_times=tuple(self.times),
             intervals=tuple(self.intervals),
             output=tuple(range(len(self.times))),
+            dropped_tokens=self.computed_tokens // 3,
         )
 
 
@@ -134,6 +135,7 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             continue
         work, working, joined, new, preempted, rejected = [], [], [], [], [], []
         moves: dict[str, list[Move]] = {"out": [], "in": []}
+        compactions: list[Compaction] = []
         ended = released
         released = []
         for life in list(lives):
@@ -170,12 +172,18 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             tokens = rng.randint(1, life.known - life.computed)
             samples = life.computed + tokens == life.known
             blocks = tuple(rng.randrange(100) for _ in range(rng.randrange(3)))
-            work.append(Work(name, life.computed, tokens, samples, blocks))
+            lost = rng.choice([0, 0, rng.randint(0, life.computed)])
+            work.append(Work(name, life.computed, tokens, samples, blocks, lost))
+            if rng.random() < 0.2:
+                rule = rng.choice(["", "größe"])
+                compactions.append(Compaction(name, blocks, rng.randrange(60), rng.randrange(3), 1, rule))
             working.append(life)
         timing = StepTiming(*(rng.choice([0, rng.randrange(60)]) for _ in range(5)))
         if moves["out"] or moves["in"]:
             timing = replace(timing, transfer_ns=rng.randrange(60))
-        digest = chain(digest, index, work, preempted, rejected, moves["out"], moves["in"])
+        if compactions:
+            timing = replace(timing, compact_ns=rng.randrange(60))
+        digest = chain(digest, index, work, preempted, rejected, moves["out"], moves["in"], compactions)
         plan = StepPlan(
             index=index,
             now=now,
@@ -188,6 +196,7 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             swap_in=tuple(moves["in"]),
             rejected=tuple(rejected),
             released=tuple(ended),
+            compactions=tuple(compactions),
         )
         decodes = [
             item.start >= len(life.request.prompt) and item.tokens == 1
@@ -224,7 +233,7 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
                     item.tokens for item, is_decode in zip(work, decodes, strict=True) if not is_decode
                 ),
                 decode_tokens=sum(decodes),
-                context_tokens=sum(item.start + item.tokens for item in work),
+                context_tokens=sum(item.context for item in work),
                 **numbers,
             )
         )

@@ -9,8 +9,10 @@ from lab.policy import (
     AdmissionPolicy,
     BlockId,
     BlockView,
+    CompressionPolicy,
     FleetView,
     How,
+    KvKeep,
     LengthPredictor,
     PreemptionPolicy,
     ReplicaView,
@@ -209,6 +211,16 @@ class PicksAStranger(PreemptionPolicy):
 class UnknownMode(PreemptionPolicy):
     def how(self, victim: RequestView, step: Step) -> How:
         return "compress"  # type: ignore[return-value]
+
+
+class KeepsAShare(CompressionPolicy):
+    def keep(self, request: Request, block_size: int) -> KvKeep | None:
+        return len(request.prompt) / 2  # type: ignore[return-value]
+
+
+class KeepsNothingOfTheShort(CompressionPolicy):
+    def keep(self, request: Request, block_size: int) -> KvKeep | None:
+        return KvKeep(len(request.prompt) // block_size // 2)
 
 
 class PredictsNothing(LengthPredictor):

@@ -42,6 +42,8 @@ FOUND = [
     (broken.WritesOnBlocks, "views", 1),
     (broken.PicksAStranger, "candidates", 3),
     (broken.UnknownMode, "answer", 2),
+    (broken.KeepsAShare, "answer", 1),
+    (broken.KeepsNothingOfTheShort, "raises", 1),
     (broken.PredictsNothing, "answer", 1),
     (broken.PredictsFractions, "answer", 1),
     (broken.LearnsByDividing, "raises", 1),

@@ -1,0 +1,1 @@
+"""Compression: how much of its own KV a request keeps, and which part of it."""
