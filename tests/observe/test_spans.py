@@ -52,7 +52,7 @@ def test_phases_tile_a_request_and_a_step_without_gap_or_overlap(recorder: Recor
     tiles = {
         "request": {"request.queue", "request.prefill", "request.decode"},
         "step": {"step.plan", "step.execute", "step.commit"},
-        "step.execute": {"kv.transfer", "step.prepare", "step.forward", "step.sample"},
+        "step.execute": {"kv.transfer", "step.prepare", "step.forward", "step.sample", "kv.compact"},
     }
     for row in rows:
         if row.name in tiles:
