@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lab.assembly import ControlPlane
 from lab.backend import Backend, Drive, Progress
-from lab.config import Config, cache_dir
+from lab.config import SEAMS, Config, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request
@@ -81,6 +81,11 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         transfer_gb_s=cfg.kv.transfer_gb_s,
     )
     cuda.record(cfg, executor, model)
+    if cfg.compression.name != SEAMS["compression"] and any(rule.window for rule in model.config.attention):
+        raise ModelError(
+            f"compression={cfg.compression.name} can't shorten the KV of '{cfg.model.name}', which attends within a "
+            "window of so many tokens: they can't be counted where some are gone; expected compression=none"
+        )
     online, recorded, about = cfg.engine.mode == "online", None, dict(executor.about)
     if cfg.engine.mode == "replay":
         recorded, name = _recorded(cfg, model)

@@ -486,7 +486,9 @@ class EngineCore:
         moves = (tuple(step.swap_out), tuple(step.swap_in))
         compactions = tuple(step.compactions)
         decoding = step.decoding
-        self._digest = chain(self._digest, self._index, work, preempted, rejected, *moves, decoding, compactions)
+        self._digest = chain(
+            self._digest, self._index, work, preempted, rejected, *moves, decoding, compactions
+        )
         listed: Sequence[Work] = work
         if decoding.seqs:
             listed = WorkList(work, decoding.seqs, lambda: self._decodes.listing(decoding))

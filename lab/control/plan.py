@@ -199,14 +199,18 @@ def chain(
         for move in moves:
             parts.append(f"\x1e{mark_}\x1f{move.request}\x1f{move.pairs}".encode())
     for gone in compactions:
-        parts.append(f"\x1ecompact\x1f{gone.request}\x1f{gone.rule}\x1f{gone.recent}\x1f{gone.blocks}".encode())
+        parts.append(
+            f"\x1ecompact\x1f{gone.request}\x1f{gone.rule}\x1f{gone.recent}\x1f{gone.blocks}".encode()
+        )
     return hashlib.blake2b(previous.encode() + head + b"".join(parts), digest_size=16).hexdigest()
 
 
 def digest_of(previous: str, plan: StepPlan) -> str:
     """The digest that a plan should carry when it follows one of digest `previous`."""
     moves = (plan.swap_out, plan.swap_in)
-    return chain(previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves, compactions=plan.compactions)
+    return chain(
+        previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves, compactions=plan.compactions
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,9 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             timing = replace(timing, transfer_ns=rng.randrange(60))
         if compactions:
             timing = replace(timing, compact_ns=rng.randrange(60))
-        digest = chain(digest, index, work, preempted, rejected, moves["out"], moves["in"], compactions)
+        digest = chain(
+            digest, index, work, preempted, rejected, moves["out"], moves["in"], compactions=compactions
+        )
         plan = StepPlan(
             index=index,
             now=now,
