@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -130,7 +131,7 @@ def whole(path: Path) -> str:
     ran = load(path)
     present = [name for name in TABLES if (path / f"{name}.parquet").exists()]
     for name in present:
-        getattr(ran, name) if name != "workload" else ran.workload()
+        pq.read_table(path / f"{name}.parquet")
     if reason is None:
         assert present == list(TABLES)
         assert set(ran.requests["outcome"]) <= {"finished", "rejected"}
@@ -151,16 +152,12 @@ def interrupted_somewhere(rng: random.Random, words: list[str], place: Path, wit
             process.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM)))
         time.sleep(rng.uniform(0, 0.2))
     _, said = process.communicate(timeout=120)
-    early = "Traceback" in said and "lab" not in said.rpartition("Traceback")[2].split("KeyboardInterrupt")[0]
-    assert "Traceback" not in said or early or not (place / "out").exists(), said
-    ends = (
-        {name: whole(place / "out" / name) for name in ("real", "sim", "replay")}
-        if "backend=both" in words
-        else {}
-    )
-    ends = ends or {"": whole(place / "out")}
-    if process.returncode == 0:
-        assert set(ends.values()) <= {"complete"}, (ends, said)
+    sides = ("real", "sim", "replay") if "backend=both" in words else ("",)
+    ends = {name: whole(place / "out" / name) for name in sides}
+    if "Traceback" in said:  # Python itself was interrupted, before it came to us
+        assert "in guarded" not in said, said
+    elif process.returncode == 0:
+        assert set(ends.values()) == {"complete"}, (ends, said)
         assert "interrupted" not in said
     else:
         assert process.returncode in (130, -signal.SIGINT, -signal.SIGTERM), (process.returncode, said)
@@ -170,8 +167,8 @@ def interrupted_somewhere(rng: random.Random, words: list[str], place: Path, wit
 @pytest.mark.parametrize(
     "words",
     [
-        ["backend=sim", "trace=poisson", "trace.n=800", "trace.rate=30"],
-        ["backend=real", "trace=poisson", "trace.n=400", "trace.rate=30", "trace.prompt.mean=40"],
+        ["backend=sim", "trace=poisson", "trace.n=400", "trace.rate=30"],
+        ["backend=real", "trace=poisson", "trace.n=80", "trace.rate=30", "trace.prompt.mean=40"],
         [
             "backend=real",
             "engine.mode=online",
@@ -180,7 +177,7 @@ def interrupted_somewhere(rng: random.Random, words: list[str], place: Path, wit
             "trace.rate=30",
             "trace.prompt.mean=40",
         ],
-        ["backend=both", "trace=poisson", "trace.n=150", "trace.rate=30", "trace.prompt.mean=40"],
+        ["backend=both", "trace=poisson", "trace.n=40", "trace.rate=30", "trace.prompt.mean=40"],
     ],
     ids=["sim", "real", "online", "both"],
 )
@@ -190,7 +187,7 @@ def test_a_signal_at_any_moment_leaves_a_sound_directory(words: list[str], tmp_p
     began = time.monotonic()
     assert run(["model=tiny", *words, "run.dir=out"], tmp_path).returncode == 0
     within = time.monotonic() - began
-    for _ in range(int(os.environ.get("DIPTYCH_INTERRUPTS", "12"))):
+    for _ in range(int(os.environ.get("DIPTYCH_INTERRUPTS", "8"))):
         interrupted_somewhere(rng, ["model=tiny", *words], tmp_path, within)
     done = run(["model=tiny", *words, "run.dir=out"], tmp_path)
     assert done.returncode == 0, done.stderr
