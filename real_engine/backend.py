@@ -116,6 +116,7 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
     from real_engine.attention.native_cpu import NativeAttention, agrees
     from real_engine.attention.torch_cpu import TorchAttention
     from real_engine.kv_memory import KvShape
+    from real_engine.models.config import PLAIN
     from real_engine.models.decoder import Decoder
     from real_engine.native import library
 
@@ -124,22 +125,24 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
     if model.decoder.device.type != "cpu" or cfg.engine.attention == "flash":
         return cuda.attention(cfg, model, console)
     shape = KvShape.of(model.config, model.dtype, cfg.kv.block_size)
-    why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"
-    lacking = model.config.needs - NativeAttention.abilities
+    lacking, why = model.config.needs - NativeAttention.abilities, ""
     if lacking:
-        why = f"its attention has a {' and a '.join(sorted(lacking))}, which only plain torch computes"
-        console.say(f"The CPU kernels aren't used for '{cfg.model.name}': {why}.")
-    elif NativeAttention.suits(shape):
-        kernels = library.load(cache_dir(cfg, os.environ), console.say)
-        why = "see above"
-        if kernels is not None and agrees(kernels, shape, model.config.heads):
-            if isinstance(model.decoder, Decoder):
-                with torch.inference_mode():
-                    model.decoder.use(kernels)
+        why = f"our own kernels don't compute its {' and its '.join(sorted(lacking))}"
+    elif not NativeAttention.suits(shape):
+        why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"
+    rules = () if why else model.config.attention or (PLAIN,)
+    kernels = library.load(cache_dir(cfg, os.environ), console.say)
+    if kernels is not None and agrees(kernels, shape, model.config.heads, rules):
+        if isinstance(model.decoder, Decoder):
+            with torch.inference_mode():
+                model.decoder.use(kernels)
+        if not why:
             return NativeAttention(kernels)
-        if kernels is not None:
-            why = "on this processor they don't agree with plain torch"
-            console.say(f"The CPU kernels aren't used: {why}.")
+        console.say(f"Attention of '{cfg.model.name}' runs on plain torch: {why}.")
+    elif kernels is not None:
+        why = "on this processor they don't agree with plain torch"
+        console.say(f"The CPU kernels aren't used: {why}.")
+    why = why or "see above"
     if cfg.engine.attention == "native":
         raise ModelError(f"engine.attention=native can't run '{cfg.model.name}' here: {why}")
     return TorchAttention()

@@ -7,15 +7,16 @@ softmax (Milakov and Gimelshein 2018; FlashAttention). Decodes and prompt chunks
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from real_engine.attention import agreement
 from real_engine.attention.backend import PackedBatch
-from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.kv_memory import KvMemory, KvShape
-from real_engine.models.config import PLAIN, AttentionRule, Rope
+from real_engine.models.config import PLAIN, AttentionRule
 from real_engine.models.rope import RopeTable
 from real_engine.native.library import LANES, SUFFIX, Kernels, pack
 
@@ -63,48 +64,14 @@ class NativePrepared:
         )
 
 
-def agrees(kernels: Kernels, shape: KvShape, heads: int) -> bool:
-    """Whether the kernels and plain torch attend, and multiply, alike, on a small batch of decodes and chunks: asked at
-    start, since a kernel that is wrong on some processor would spoil results in silence."""
-    generator = torch.Generator().manual_seed(0)
-    size, lengths, chunks = (
-        shape.block_size,
-        [3 * shape.block_size + 1, 5, 2 * shape.block_size, 1],
-        [1, 5, 7, 1],
-    )
-    chunks = [min(chunk, length) for chunk, length in zip(chunks, lengths, strict=True)]
-    each = [-(-length // size) for length in lengths]
-    small = KvShape(1, shape.kv_heads, shape.head_dim, size, shape.dtype)
-    memories = [KvMemory(small, sum(each)) for _ in range(2)]
-    for tensors in zip(*((m.keys[0], m.values[0]) for m in memories), strict=True):
-        filling = torch.randn(tensors[0].shape, generator=generator)
-        for tensor in tensors:
-            tensor.copy_(filling)
-    table = np.zeros((len(lengths), max(each)), np.int32)
-    order = iter(np.random.default_rng(0).permutation(sum(each)))
-    for row, count in enumerate(each):
-        table[row, :count] = [next(order) for _ in range(count)]
-    positions = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, chunks, strict=True)])
-    owner = np.repeat(np.arange(len(lengths)), chunks)
-    batch = PackedBatch(
-        token_ids=np.zeros(sum(chunks), np.int64),
-        positions=positions,
-        cu_seqlens_q=np.cumsum([0, *chunks]).astype(np.int32),
-        seqlens_k=np.array(lengths, np.int32),
-        block_table=table,
-        slot_mapping=table[owner, positions // size].astype(np.int64) * size + positions % size,
-        sample_rows=np.zeros(0, np.int64),
-    )
-
-    qkv = torch.randn((sum(chunks), heads + 2 * shape.kv_heads, shape.head_dim), generator=generator)
-    qkv, rope = qkv.to(shape.dtype), RopeTable(Rope(), shape.head_dim, max(lengths), shape.dtype)
-    theirs = TorchAttention().prepare(batch, memories[1]).forward(0, qkv.clone(), rope).float()
-    ours = NativeAttention(kernels).prepare(batch, memories[0]).forward(0, qkv, rope).float()
+def agrees(kernels: Kernels, shape: KvShape, heads: int, rules: Iterable[AttentionRule] = (PLAIN,)) -> bool:
+    """Whether the kernels and plain torch multiply, and attend by these rules, alike: asked at start."""
     if kernels.has_products:
+        generator = torch.Generator().manual_seed(0)
         x, weight = (torch.randn((n, 96), generator=generator).bfloat16() for n in (30, 64))
         packed = pack(weight)
         assert packed is not None
         product = kernels.product(x, packed, None, torch.float32)
         if not torch.allclose(product, x.float() @ weight.float().T, atol=1e-3):
             return False
-    return bool(torch.allclose(ours, theirs, atol=2e-5 if shape.dtype == torch.float32 else 2e-2))
+    return agreement.agrees(NativeAttention(kernels), shape, heads, torch.device("cpu"), rules)

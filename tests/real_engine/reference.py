@@ -57,7 +57,7 @@ def families() -> dict[str, Any]:
         "qwen2": Qwen2Config(**SMALL),
         "qwen3": Qwen3Config(**SMALL, head_dim=20),
         "mistral": MistralConfig(**SMALL, sliding_window=None),
-        "mistral_window": MistralConfig(**SMALL, sliding_window=13),
+        "mistral_window": MistralConfig(**SMALL, head_dim=16, sliding_window=13),
         "qwen2_window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=9, max_window_layers=1),
         "qwen3_window": Qwen3Config(
             **SMALL,
@@ -92,7 +92,7 @@ def families() -> dict[str, Any]:
             num_experts=6,
             num_experts_per_tok=3,
             moe_intermediate_size=32,
-            shared_expert_intermediate_size=40,
+            shared_expert_intermediate_size=48,
             mlp_only_layers=[0],
             use_sliding_window=True,
             sliding_window=10,

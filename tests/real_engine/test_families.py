@@ -19,13 +19,18 @@ from lab.control.step import Limits
 from lab.errors import ExecutorError, ModelError
 from policies.eviction.lru import Lru
 from policies.scheduling.fcfs import Fcfs
+from real_engine.attention import flash_reference
 from real_engine.attention.backend import AttentionBackend, PackedBatch
+from real_engine.attention.flash import FlashAttention, FlashFunctions
+from real_engine.attention.native_cpu import NativeAttention
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.executor import TorchExecutor
 from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.decoder import Decoder
 from real_engine.models.families import parse_config
 from real_engine.models.loading import LoadedModel, load_model
 from real_engine.models.spec import ModelSpec
+from real_engine.native.library import Kernels
 from tests.real_engine.reference import MARGIN, assert_greedy, both, families, saved, serve
 
 
@@ -37,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compare(ours: LoadedModel, theirs: Any, attention: AttentionBackend) -> None:
     """Two sequences in chunks, then decodes, packed together over scattered blocks: every logit of every token."""
     rng = random.Random(3)
-    vocab, size = ours.config.vocab_size, 4
+    vocab, size = ours.config.vocab_size, max(4, attention.block_size_multiple)
     texts = [[rng.randrange(vocab) for _ in range(40)] for _ in range(2)]
     blocks = [range(10), range(19, 9, -1)]
     cuts = [(17, 1), (18, 0), (0, 30), (0, 4)] + 5 * [(1, 1)]
@@ -62,6 +67,30 @@ def compare(ours: LoadedModel, theirs: Any, attention: AttentionBackend) -> None
 def test_logits_are_those_of_transformers(family: str, root: Path) -> None:
     ours, theirs = both(family, root)
     compare(ours, theirs, TorchAttention())
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_logits_are_those_of_transformers_by_our_own_kernels(
+    family: str, root: Path, kernels: Kernels
+) -> None:
+    ours, theirs = both(family, root)
+    shape = KvShape.of(ours.config, ours.dtype, 4)
+    attends = NativeAttention.suits(shape) and ours.config.needs <= NativeAttention.abilities
+    assert attends or family not in ("mistral_window", "qwen3_window", "gemma3", "qwen3_moe")
+    assert isinstance(ours.decoder, Decoder)
+    with torch.inference_mode():
+        ours.decoder.use(kernels)
+    assert ours.decoder.ops is kernels
+    compare(ours, theirs, NativeAttention(kernels) if attends else TorchAttention())
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_logits_are_those_of_transformers_by_flash_attention(family: str, root: Path) -> None:
+    ours, theirs = both(family, root)
+    functions = FlashFunctions(
+        flash_reference.flash_attn_varlen_func, flash_reference.flash_attn_with_kvcache
+    )
+    compare(ours, theirs, FlashAttention(functions))
 
 
 WINDOWED = ["mistral_window", "qwen2_window", "gemma2", "gemma3"]

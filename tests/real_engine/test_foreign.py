@@ -18,12 +18,17 @@ from lab.control.step import Limits
 from lab.errors import ModelError
 from policies.eviction.lru import Lru
 from policies.scheduling.fcfs import Fcfs
+from real_engine.attention import flash_reference
+from real_engine.attention.flash import FlashAttention, FlashFunctions
+from real_engine.attention.native_cpu import NativeAttention
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.executor import TorchExecutor
+from real_engine.kv_memory import KvShape
 from real_engine.models import foreign
 from real_engine.models.foreign import ForeignDecoder
 from real_engine.models.loading import LoadedModel, load_model
 from real_engine.models.spec import ModelSpec
+from real_engine.native.library import Kernels
 from tests.real_engine.reference import SMALL, assert_greedy, serve
 from tests.real_engine.test_families import compare
 
@@ -38,15 +43,16 @@ def others() -> dict[str, Any]:
     import transformers as t
 
     small = SMALL | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    wide = small | {"hidden_size": 64}
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
     return {
         "gpt_neox": t.GPTNeoXConfig(**small, rotary_pct=0.5),
         "phi": t.PhiConfig(**small),
-        "olmo2": t.Olmo2Config(**small),
+        "olmo2": t.Olmo2Config(**wide),
         "granite": t.GraniteConfig(
             **small, attention_multiplier=0.3, logits_scaling=3.0, residual_multiplier=0.5
         ),
-        "starcoder2": t.Starcoder2Config(**small, sliding_window=9),
+        "starcoder2": t.Starcoder2Config(**wide, sliding_window=9),
         "cohere2": t.Cohere2Config(**small, sliding_window=8, sliding_window_pattern=2),
         "gpt2": t.GPT2Config(vocab_size=300, n_positions=128, n_embd=48, n_layer=2, n_head=4),
         "opt": t.OPTConfig(**small, ffn_dim=96, word_embed_proj_dim=48),
@@ -115,6 +121,17 @@ def test_logits_are_the_models_own(name: str, root: Path) -> None:
     compare(ours, theirs, TorchAttention())
 
 
+@pytest.mark.parametrize("name", ["olmo2", "starcoder2"])
+def test_other_attention_backends_need_no_rotation_either(name: str, root: Path, kernels: Kernels) -> None:
+    ours, theirs = both(name, root)
+    functions = FlashFunctions(
+        flash_reference.flash_attn_varlen_func, flash_reference.flash_attn_with_kvcache
+    )
+    compare(ours, theirs, FlashAttention(functions))
+    assert NativeAttention.suits(KvShape.of(ours.config, ours.dtype, 4))
+    compare(ours, theirs, NativeAttention(kernels))
+
+
 @pytest.mark.parametrize("name", ["gpt_neox", "starcoder2", "gpt2"])
 def test_tokens_are_the_models_own_with_prefix_hits_and_preemption(name: str, root: Path) -> None:
     ours, theirs = both(name, root)
@@ -159,7 +176,7 @@ def test_weights_that_do_not_fit_are_named(root: Path, tmp_path: Path) -> None:
     whole, tensor = load_file(path / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
     for said, replacement in {
         f"has no tensor {tensor}": None,
-        rf"tensor {tensor} of .* has shape \(96, 47\); by config.json expected \(96, 48\)": whole[tensor][
+        rf"tensor {tensor} of .* has shape \(96, 63\); by config.json expected \(96, 64\)": whole[tensor][
             :, :-1
         ],
         rf"tensor {tensor} of .* is of type I64; expected float32": whole[tensor].long(),

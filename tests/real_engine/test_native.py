@@ -31,15 +31,6 @@ from real_engine.native.library import Kernels
 from tests.conformance.sides import Setting, conversation, finish, run_real
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    said: list[str] = []
-    found = library.load(tmp_path_factory.mktemp("cache"), said.append)
-    if found is None:
-        pytest.skip(" ".join(said))
-    return found
-
-
 def reference(
     q: Tensor,
     keys: Tensor,
