@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
@@ -91,6 +92,41 @@ def test_logits_are_those_of_transformers_by_flash_attention(family: str, root: 
         flash_reference.flash_attn_varlen_func, flash_reference.flash_attn_with_kvcache
     )
     compare(ours, theirs, FlashAttention(functions))
+
+
+@pytest.mark.parametrize("family", list(families()))
+def test_in_bfloat16_the_error_is_that_of_transformers(family: str, root: Path, kernels: Kernels) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rng = random.Random(0)
+    text = [rng.randrange(300) for _ in range(60)]
+
+    @torch.inference_mode()
+    def theirs(dtype: torch.dtype) -> Tensor:
+        model: Any = AutoModelForCausalLM.from_pretrained(saved(family, root), dtype=dtype)
+        return model.eval()(torch.tensor([text])).logits[0].float()
+
+    @torch.inference_mode()
+    def ours(*, native: bool) -> Tensor:
+        model = load_model(ModelSpec(str(saved(family, root)), "bfloat16"), cache_dir=root)
+        shape = KvShape.of(model.config, model.dtype, 4)
+        attention: AttentionBackend = TorchAttention()
+        if native and isinstance(model.decoder, Decoder):
+            model.decoder.use(kernels)
+            if NativeAttention.suits(shape) and model.config.needs <= NativeAttention.abilities:
+                attention = NativeAttention(kernels)
+            assert model.decoder.fused == (family == "mistral_window" and kernels.has_products)
+        memory = KvMemory(shape, 15)
+        found = []
+        for first, last in ((0, 40), (40, 41), (41, 60)):
+            batch = PackedBatch.by_hand([(text[first:last], first, range(15))], 4)
+            found.append(model.decoder.forward(batch, attention.prepare(batch, memory)))
+        return torch.cat(found)
+
+    exact = theirs(torch.float32)
+    error = (theirs(torch.bfloat16) - exact).abs().mean()
+    for native in (False, True):
+        assert (ours(native=native) - exact).abs().mean() < 1.6 * error
 
 
 WINDOWED = ["mistral_window", "qwen2_window", "gemma2", "gemma3"]
