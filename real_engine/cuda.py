@@ -10,6 +10,7 @@ from real_engine.attention import flash
 from real_engine.attention.agreement import agrees
 from real_engine.attention.backend import AttentionBackend
 from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.device import memory_for
 from real_engine.executor import TorchExecutor
 from real_engine.graphs import CudaGraphs
 from real_engine.kv_memory import KvShape
@@ -57,7 +58,9 @@ def blocks(cfg: Config, model: LoadedModel, chosen: AttentionBackend) -> int:
     step = largest_batch(
         cfg.engine.token_budget, cfg.engine.max_seqs, model.config.max_context, shape.block_size
     )
-    use = measure(model.decoder, chosen, shape, step)
+    what = f"a step of {cfg.engine.token_budget} tokens (engine.token_budget)"
+    with memory_for(what, "fewer, or a smaller model"):
+        use = measure(model.decoder, chosen, shape, step)
     return blocks_within(use, cfg.engine.memory_utilization, shape.block_bytes)
 
 
@@ -65,4 +68,5 @@ def record(cfg: Config, executor: TorchExecutor, model: LoadedModel) -> None:
     """Record decode steps as CUDA graphs, if they are wanted and there is a device for them."""
     device = model.decoder.device
     if cfg.engine.cuda_graphs and device.type == "cuda":
-        executor.record(CudaGraphs(device), most=cfg.engine.max_seqs)
+        with memory_for("recording decode steps", "engine.cuda_graphs=false, or fewer kv.blocks"):
+            executor.record(CudaGraphs(device), most=cfg.engine.max_seqs)

@@ -6,7 +6,8 @@ one copy out of pinned memory, which the device reads while the host goes on. On
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,15 @@ def unpack(buffer: Tensor, places: Sequence[Place]) -> list[Tensor]:
 def describe(device: torch.device) -> str:
     """As a run's manifest should name it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Say in a sentence that the device has no memory left for `what`. Raises `ExecutorError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ExecutorError(f"the device has no memory left for {what}; expected {remedy}") from error
 
 
 def synchronize(device: torch.device) -> None:

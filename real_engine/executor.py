@@ -29,6 +29,9 @@ from real_engine.models.loading import LoadedModel
 from real_engine.sampler import sample
 from real_engine.sequences import Sequences
 
+_ROOM = "a smaller engine.token_budget, kv.blocks or engine.memory_utilization"
+"""What gives a step more memory."""
+
 
 class TorchExecutor:
     """Implements `lab.control.executor.Executor`.
@@ -133,7 +136,8 @@ class TorchExecutor:
         self.logits.clear()
         if not plan.work:
             return StepResult((), prepare_ns=perf_counter_ns() - started, transfer_ns=transfer_ns)
-        with torch.inference_mode():
+        what = f"step {plan.index} with {plan.tokens} tokens"
+        with torch.inference_mode(), device.memory_for(what, _ROOM):
             batch, names, params, positions = self._sequences.pack(plan)
             decoder = self._model.decoder
             queries: Queries | None = None

@@ -6,7 +6,7 @@ random ids (seed 0), or the token lists of a JSON file (plain or gzip), {"W1": [
 
 Two marks stand beside the measured rate, both taken in the same process: the *floor*, what the matrix products alone
 of the very same steps would take at the pace measured for each number of rows; and, with `torch`, the same engine on
-plain torch (gather and SDPA) instead of its own kernels.
+plain torch (gather and SDPA) instead of its own kernels. With `device=cuda` neither: the engine as it opens there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from pathlib import Path
 import torch
 
 from lab.assembly import EngineSpec, assemble
-from lab.config import Config, cache_dir
+from lab.cli import guarded
+from lab.config import Config, EngineConfig, KvConfig, ModelConfig, cache_dir
+from lab.console import Console
 from lab.control.request import Prompt, Request
 from lab.control.step import Limits
 from lab.observe.recorder import Recorder
 from real_engine.attention.native_cpu import NativeAttention
 from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.backend import open_backend
 from real_engine.driver import SteppedRun
 from real_engine.executor import TorchExecutor
 from real_engine.models.decoder import Decoder
@@ -90,13 +93,19 @@ def run(
 ) -> Result:
     """Serve a workload from a cold cache, by the wall clock, control plane and recording included."""
     executor = TorchExecutor(model, blocks=BLOCKS, attention=attention)
+    result = serve(executor, requests)
+    executor.close()
+    return result
+
+
+def serve(executor: TorchExecutor, requests: Sequence[Request]) -> Result:
+    """As `run`, on an executor that is kept."""
     recorder = Recorder()
     spec = EngineSpec({"policy": {"name": "fcfs"}}, LIMITS, True, 0)
     control = assemble(spec, executor.capacity, recorder, requests)
     began = time.perf_counter()
     SteppedRun(control, executor, requests).run()
     seconds = time.perf_counter() - began
-    executor.close()
     assert all(record.outcome == "finished" for record in recorder.requests)
     plans = [step.plan for step in recorder.steps]
     rows = [(plan.tokens, sum(work.samples for work in plan.work)) for plan in plans]
@@ -150,10 +159,37 @@ def _time(linears: list[tuple[Linear, int]], rows: int, dtype: torch.dtype) -> f
     return best
 
 
+def on_device(device: str, name: str, path: Path | None, chosen: Sequence[str]) -> None:
+    """The workloads on the engine as `engine.device` opens it: its attention, its graphs, the size of its cache. The
+    floor of matrix products is the CPU's mark and isn't shown."""
+    cfg = Config(
+        model=ModelConfig(name),
+        engine=EngineConfig(device=device, token_budget=LIMITS.token_budget, max_seqs=LIMITS.max_seqs),
+        kv=KvConfig(block_size=256),
+    )
+    backend = open_backend(cfg, Console(), None)
+    print(", ".join(f"{key} {value}" for key, value in backend.about.items()))
+    print("workload  output tok/s  seconds  (the second time: a first pass warms up)")
+    for workload, requests in workloads(path).items():
+        if not chosen or workload in chosen:
+            for _ in range(2):
+                result = serve(backend.executor, requests)
+            print(
+                f"{workload:<9} {result.output_tokens / result.seconds:>12.1f} {result.seconds:>8.2f}",
+                flush=True,
+            )
+    backend.close()
+
+
 def main(words: Sequence[str]) -> None:
     """Print the table."""
     began = time.perf_counter()
     path = next((Path(word.removeprefix("lists=")) for word in words if word.startswith("lists=")), None)
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if "device" in given:
+        chosen = [word for word in words if word.startswith("W")]
+        on_device(given["device"], given.get("model", "smollm2"), path, chosen)
+        return
     model = load_model(
         ModelSpec("smollm2", "bfloat16"), cache_dir=cache_dir(Config(), os.environ), notify=print
     )
@@ -188,4 +224,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

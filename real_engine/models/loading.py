@@ -98,7 +98,8 @@ def load_model(
             decoder = foreign.load(directory, read_raw(directory), dtype, where, str(reason))
             notify(f"{reason}. It runs through transformers' own code: the same results, slower.")
             return LoadedModel(spec, decoder, directory)
-    with torch.inference_mode():
+    what = f"the weights of '{spec.name}' in {spec.dtype}"
+    with torch.inference_mode(), device.memory_for(what, "a smaller model, or engine.device=cpu"):
         decoder = Decoder(config, weights, dtype, where, shard)
     return LoadedModel(spec, decoder, directory)
 

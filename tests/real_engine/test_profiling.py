@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lab.config import Config, EngineConfig, KvConfig, ModelConfig
 from lab.console import Console
+from lab.control.plan import GENESIS, StepPlan, Work
+from lab.control.request import Prompt, Request
 from lab.errors import ExecutorError, ModelError
-from real_engine.attention import flash_reference
+from real_engine import cuda
+from real_engine.attention import flash, flash_reference
 from real_engine.attention.backend import AttentionBackend
 from real_engine.attention.flash import FlashAttention, FlashFunctions
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.backend import open_backend
+from real_engine.executor import TorchExecutor
 from real_engine.kv_memory import KvShape
+from real_engine.models.families import parse_config
 from real_engine.models.loading import load_model
 from real_engine.models.spec import ModelSpec
+from real_engine.models.tiny import CONFIG
 from real_engine.profiling import DeviceUse, blocks_within, largest_batch, run_largest
 
 GIB = 1 << 30
@@ -116,6 +124,34 @@ def configured(tmp_path: Path, **engine: Any) -> Config:
 def test_flash_attention_on_a_cpu_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"engine\.attention=flash can't run 'tiny' here: the device is cpu"):
         open_backend(configured(tmp_path, device="cpu", attention="flash"), Console(), None)
+
+
+def test_on_cuda_attention_falls_back_to_plain_torch_and_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(CONFIG, "tiny")
+    decoder: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    model: Any = SimpleNamespace(decoder=decoder, config=config, dtype=torch.bfloat16)
+    monkeypatch.setattr(flash, "find_spec", lambda name: None)
+    assert isinstance(cuda.attention(configured(Path(), device="cuda"), model, Console()), TorchAttention)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "flash-attn isn't used: flash-attn isn't installed: pip install flash-attn" in said
+    with pytest.raises(ModelError, match="attention=native computes on the CPU, and the device is cuda"):
+        cuda.attention(configured(Path(), attention="native"), model, Console())
+
+
+def test_memory_that_runs_out_during_a_step_is_said_in_a_sentence(tmp_path: Path) -> None:
+    model = load_model(ModelSpec("tiny", "float32"), cache_dir=tmp_path)
+    executor = TorchExecutor(model, blocks=4)
+
+    def full(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.decoder.logits = full  # type: ignore[method-assign, union-attr]
+    request = Request(id="a", prompt=Prompt.of(range(9)), output_len=2)
+    plan = StepPlan(3, 0, (Work("a", 0, 9, True, (0,)),), GENESIS, (request,), ("a",))
+    with pytest.raises(ExecutorError, match=r"no memory left for step 3 with 9 tokens; .*token_budget"):
+        executor.execute(plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
