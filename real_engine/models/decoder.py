@@ -133,8 +133,9 @@ class Decoder:
 
     @property
     def recordable(self) -> bool:
-        """Whether `hidden` does the same operations whatever the numbers; a mixture looks up who was chosen."""
-        return not self.config.sparse_layers
+        """Whether `hidden` does the same operations whatever the numbers, and all of them here: a mixture looks up
+        who was chosen, and a part of a model waits for other ranks."""
+        return not self.config.sparse_layers and self.shard.alone
 
     def hidden(self, token_ids: Tensor, attention: PreparedAttention) -> tuple[Tensor, Tensor | None]:
         """All layers over the tokens, int64 `[tokens]`: the residual stream and what the last layer adds to it,

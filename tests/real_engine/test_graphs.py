@@ -22,8 +22,12 @@ from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.executor import TorchExecutor
 from real_engine.graphs import DecodeGraphs, sizes_up_to
 from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.decoder import Decoder
 from real_engine.models.loading import LoadedModel, load_model
+from real_engine.models.shard import Place, Shard
 from real_engine.models.spec import ModelSpec
+from real_engine.models.tiny import tiny_weights
+from real_engine.models.weights import TensorWeights
 from tests.real_engine.recording import RecordingDevice
 from tests.real_engine.reference import assert_greedy, both, serve
 
@@ -154,6 +158,15 @@ def test_a_mixture_of_experts_reads_on_the_host_and_has_no_graphs(tmp_path: Path
     executor = TorchExecutor(ours, blocks=BLOCKS, block_size=SIZE, attention=recorded_flash(device))
     executor.record(device, most=4)
     assert executor.about["graphs"] == 0
+
+
+def test_a_part_of_a_model_waits_for_others_and_has_no_graphs(model: LoadedModel) -> None:
+    config, whole = model.config, TensorWeights(tiny_weights(0), "tiny")
+    for place in (Place(tensor=2), Place(pipeline=2), Place(rank=1, pipeline=2)):
+        part = Shard()
+        part.place = place
+        assert not Decoder(config, whole, torch.float32, shard=part).recordable
+    assert Decoder(config, whole, torch.float32).recordable
 
 
 def test_plain_torch_attention_reads_the_batch_on_the_host_and_has_no_graphs(model: LoadedModel) -> None:
