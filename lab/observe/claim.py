@@ -36,6 +36,9 @@ SIDES = ("real", "sim", "replay")
 COMPARED = ("diff.json", "report.html")
 """... and what compares them."""
 
+_LEFT_OVER = re.compile(r"\..+\.\d+\.tmp")
+"""What a run that was killed was writing."""
+
 COMPLETE, INCOMPLETE = "diptych run complete", "diptych run partial: "
 
 
@@ -60,7 +63,7 @@ class Lock:
 def take(path: Path) -> Lock:
     """Take `path` for a new run: absent, empty, or an earlier run's, whose files are removed. Raises `RunError`."""
     lock = _directory(path)
-    if any(path.iterdir()):
+    if any(not _LEFT_OVER.fullmatch(child.name) for child in path.iterdir()):
         try:
             partial_reason(path)
         except RunError:
@@ -68,7 +71,7 @@ def take(path: Path) -> Lock:
             there = "it holds an experiment on both backends" if both else "it has files that are not a run's"
             what = f"{there}; expected a new or empty directory"
             raise RunError(f"can't write a run to '{path}': {what}") from None
-        _remove_run(path)
+    _remove_run(path)
     return lock
 
 
@@ -147,7 +150,12 @@ def _directory(path: Path) -> Lock:
 
 
 def _remove_run(path: Path) -> None:
-    (path / SUCCESS).unlink(missing_ok=True)  # first: from here on it is no complete run
+    # Whatever ends this half-way, the rest is known as a run, and as none that is complete: so the next may take it.
+    if (path / SUCCESS).exists():
+        with contextlib.suppress(OSError):  # a full disk
+            text = f"{INCOMPLETE}it was being replaced by another run.\n"
+            (path / PARTIAL).write_text(text, encoding="utf-8")
+        (path / SUCCESS).unlink()
     for name in FILES:
         (path / name).unlink(missing_ok=True)
     for leftover in path.glob(".*.tmp"):
