@@ -46,6 +46,19 @@ def test_defaults_are_complete_and_nothing_is_written_beside_what_the_task_write
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
+def test_compression_wants_the_prefix_cache_off(command: Command) -> None:
+    refused(
+        command("compression=tova"), "compression=tova overwrites blocks", "expected kv.prefix_cache=false"
+    )
+    done = command(
+        "compression=tova",
+        "compression.budget=64",
+        "kv.prefix_cache=false",
+        body="print(cfg.compression.budget)",
+    )
+    assert done.stdout == "64\n", done.stderr
+
+
 def test_the_task_runs_where_the_user_stands(command: Command, tmp_path: Path) -> None:
     done = command(body="import os; print(os.getcwd())")
     assert Path(done.stdout.strip()) == (tmp_path / "cwd").resolve()

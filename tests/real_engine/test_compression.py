@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -27,7 +28,10 @@ from policies.scheduling.fcfs import Fcfs
 from real_engine.attention.backend import AttentionBackend
 from real_engine.attention.native_cpu import NativeAttention
 from real_engine.attention.torch_cpu import TorchAttention
+from real_engine.compression import Compressor
 from real_engine.executor import TorchExecutor
+from real_engine.kv_memory import KvMemory, KvShape
+from real_engine.models.config import AttentionRule
 from real_engine.models.loading import LoadedModel, load_model
 from real_engine.models.spec import ModelSpec
 from real_engine.models.tiny import CONFIG, tiny_weights
@@ -222,6 +226,14 @@ def test_the_rules_differ_and_so_do_the_layers(tiny: LoadedModel) -> None:
     told = [serve(tiny, asked, kind(16), name)[2] for name, kind in RULES.items()]
     assert told[0] != told[1]
     assert told[1] != told[2]
+
+
+def test_a_model_with_windows_is_refused(tiny: LoadedModel) -> None:
+    windows = dataclasses.replace(tiny.config, attention=(AttentionRule(window=8),) * 2)
+    compressor = Compressor(KvMemory(KvShape.of(windows, torch.float32, SIZE), 2), windows)
+    plan = StepPlan(7, 0, (), "", compactions=(Compaction("a", (0,), 4),))
+    with pytest.raises(ExecutorError, match=r"step 7 gives up KV, and the model attends within a window"):
+        compressor.asking(plan)
 
 
 class Silent(KeyNorm):
