@@ -69,7 +69,9 @@ class EngineConfig:
     token_budget: int = option(512, "most tokens one step computes")
     max_seqs: int = option(32, "most requests running at once")
     chunk: int | None = option(None, "most prefill tokens of one request in one step; null: the budget alone")
-    threads: int | None = option(None, "CPU threads of the real engine; null: torch's own choice")
+    threads: int | None = option(
+        None, "CPU threads of the real engine, of each rank; null: torch's own choice, divided among ranks"
+    )
     attention: str = option(
         "auto", "real engine's attention: native (own CPU kernels), flash (CUDA), torch; auto: what there is"
     )
@@ -83,6 +85,9 @@ class EngineConfig:
         "real engine's time: stepped (measured durations, idle time skipped), online (wall clock), replay",
     )
     replay: str | None = option(None, "engine.mode=replay: the recorded run whose plans are executed")
+    tensor_parallel: int = option(1, "ranks that share each layer of the real engine")
+    pipeline_parallel: int = option(1, "runs of layers that ranks hold one after the other")
+    rank_timeout_s: float = option(300.0, "longest that one rank waits for another within a step")
 
 
 @dataclass
@@ -360,6 +365,9 @@ def validate(cfg: Config) -> None:
     _at_least("engine.max_seqs", cfg.engine.max_seqs, 1)
     _at_least("engine.chunk", cfg.engine.chunk, 1)
     _at_least("engine.threads", cfg.engine.threads, 1)
+    _at_least("engine.tensor_parallel", cfg.engine.tensor_parallel, 1)
+    _at_least("engine.pipeline_parallel", cfg.engine.pipeline_parallel, 1)
+    _positive("engine.rank_timeout_s", cfg.engine.rank_timeout_s)
     _at_least("kv.blocks", cfg.kv.blocks, 1)
     for key, count in (("kv.blocks", cfg.kv.blocks), ("kv.host_blocks", cfg.kv.host_blocks)):
         if count is not None and count > MOST_BLOCKS:
@@ -391,6 +399,7 @@ def validate(cfg: Config) -> None:
         choice = getattr(cfg, group)
         _check_choices(group, choice)
         plugins.create(group, choice.name, params(choice))
+    _ranks(cfg)
     _check_choices("trace", cfg.trace)
     for key, value in params(cfg.trace).items():
         if key == "limit":
@@ -458,6 +467,17 @@ def _fleet(cfg: Config) -> None:
         raise ConfigError(
             f"routing={cfg.routing.name} would leave all replicas but one idle; expected another, such as "
             "routing=round_robin."
+        )
+
+
+def _ranks(cfg: Config) -> None:
+    from lab.policy import CompressionPolicy
+
+    tensor, name = cfg.engine.tensor_parallel, cfg.compression.name
+    if tensor > 1 and plugins.load("compression", name).score is not CompressionPolicy.score:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"compression={name} scores the keys of all heads together, and engine.tensor_parallel={tensor} holds them "
+            "apart; expected engine.tensor_parallel=1."
         )
 
 

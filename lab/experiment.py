@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lab import plugins
+from lab import plugins, ranks
 from lab.assembly import EngineSpec
 from lab.config import Config
 from lab.control.request import stream_of
@@ -36,6 +37,8 @@ def experiment(cfg: Config) -> int:
     from lab.console import Console
     from lab.observe import claim
 
+    if ranks.follows(cfg, os.environ):
+        return cast("Callable[[Config], int]", plugins.load_object("backend", ranks.WORKER))(cfg)
     if cfg.studies:
         from lab.studies import run_studies
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+from lab import ranks
 from lab.assembly import ControlPlane
 from lab.backend import Backend, Drive, Progress
 from lab.config import SEAMS, Config, cache_dir
@@ -21,7 +22,10 @@ from real_engine.replay import ReplayRun
 
 if TYPE_CHECKING:
     from real_engine.attention.backend import AttentionBackend
+    from real_engine.executor import TorchExecutor
     from real_engine.models.loading import LoadedModel
+    from real_engine.models.spec import ModelSpec
+    from real_engine.parallel.group import RankShard
 
 
 class RealBackend:
@@ -62,25 +66,10 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         raise ModelError(
             "the real engine needs torch, which isn't installed: pip install 'diptych[engine]' (or backend=sim)"
         )
-    from real_engine import cuda
-    from real_engine.device import choose
-    from real_engine.executor import TorchExecutor
-    from real_engine.models.loading import load_model
-    from real_engine.models.spec import ModelSpec
+    from real_engine.parallel.executor import open_ranks
 
-    where = choose(cfg.engine.device).type
-    spec = ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads, device=where)
-    model = load_model(spec, cache_dir=cache_dir(cfg, os.environ), notify=console.say)
-    attention = _attention(cfg, model, console)
-    executor = TorchExecutor(
-        model,
-        attention=attention,
-        blocks=cuda.blocks(cfg, model, attention),
-        block_size=cfg.kv.block_size,
-        host_blocks=cfg.kv.host_blocks,
-        transfer_gb_s=cfg.kv.transfer_gb_s,
-    )
-    cuda.record(cfg, executor, model)
+    executor = open_ranks(cfg, console) if ranks.world(cfg) > 1 else build(cfg, console)
+    model = executor.model
     if cfg.compression.name != SEAMS["compression"] and any(rule.window for rule in model.config.attention):
         raise ModelError(
             f"compression={cfg.compression.name} can't shorten the KV of '{cfg.model.name}', which attends within a "
@@ -91,6 +80,41 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
         recorded, name = _recorded(cfg, model)
         about["recorded"] = name
     return RealBackend(executor, about, model.config.eos_token_ids, online=online, recorded=recorded)
+
+
+def build(cfg: Config, console: Console, shard: RankShard | None = None) -> TorchExecutor:
+    """The executor of this process: of a whole model, or of the part that `shard` says."""
+    from real_engine import cuda
+    from real_engine.executor import TorchExecutor
+    from real_engine.models.loading import load_model
+    from real_engine.models.shard import ALONE
+    from real_engine.parallel.rank import RankExecutor
+
+    model = load_model(
+        model_spec(cfg), cache_dir=cache_dir(cfg, os.environ), notify=console.say, shard=shard or ALONE
+    )
+    attention = _attention(cfg, model, console)
+    blocks = cuda.blocks(cfg, model, attention)
+    executor = (TorchExecutor if shard is None else RankExecutor)(
+        model,
+        attention=attention,
+        blocks=blocks if shard is None else shard.least(blocks),
+        block_size=cfg.kv.block_size,
+        host_blocks=cfg.kv.host_blocks,
+        transfer_gb_s=cfg.kv.transfer_gb_s,
+    )
+    if shard is None:  # exchanges between ranks aren't recorded
+        cuda.record(cfg, executor, model)
+    return executor
+
+
+def model_spec(cfg: Config) -> ModelSpec:
+    """What the configuration says of the model. Raises `ExecutorError` for a device that isn't there."""
+    from real_engine.device import choose
+    from real_engine.models.spec import ModelSpec
+
+    where = choose(cfg.engine.device).type
+    return ModelSpec(cfg.model.name, cfg.model.dtype, seed=cfg.seed, threads=cfg.engine.threads, device=where)
 
 
 def _recorded(cfg: Config, model: LoadedModel) -> tuple[Recorded, str]:

@@ -7,15 +7,15 @@ call takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter_ns
 
 import torch
 from torch import Tensor
 
 from lab.control.executor import Capacity
-from lab.control.plan import StepPlan, StepResult
-from lab.control.request import RequestId
+from lab.control.plan import StepPlan, StepResult, TokenLogprobs
+from lab.control.request import RequestId, SamplingParams
 from lab.errors import ExecutorError
 from real_engine import device
 from real_engine.attention.backend import AttentionBackend, GraphableAttention
@@ -107,6 +107,10 @@ class TorchExecutor:
             )
 
     @property
+    def model(self) -> LoadedModel:
+        return self._model
+
+    @property
     def about(self) -> Mapping[str, object]:
         """What a run's manifest should say of this data plane: results compare only where these are equal."""
         own = isinstance(self._model.decoder, Decoder)
@@ -155,7 +159,7 @@ class TorchExecutor:
                 logits = decoder.logits(*replay(), rows)
             device.synchronize(self._device)
             forwarded = perf_counter_ns()
-            tokens, logprobs = sample(logits, names, params, positions)
+            tokens, logprobs = self._draw(logits, names, params, positions)
         for row, (name, token) in enumerate(zip(names, tokens, strict=True)):
             self._sequences.append(name, token)
             if self._keep_logits:
@@ -176,6 +180,15 @@ class TorchExecutor:
             transfer_ns=transfer_ns,
             compact_ns=perf_counter_ns() - sampled if plan.compactions else 0,
         )
+
+    def _draw(
+        self,
+        logits: Tensor,
+        requests: Sequence[RequestId],
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+    ) -> tuple[list[int], Mapping[RequestId, TokenLogprobs]]:
+        return sample(logits, requests, params, positions)
 
     def _transfer(self, plan: StepPlan, started: int) -> int:
         """Swap out, then in; returns the nanoseconds since `started`."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lab import plugins
+from lab import plugins, ranks
 from lab.assembly import ControlPlane, EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
 from lab.config import Config, cache_dir
@@ -136,7 +136,7 @@ def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
 
 
 def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
-    """Where the fit for this machine, model, dtype, threads and step limits is kept."""
+    """Where the fit for this machine, model, dtype, threads, ranks and step limits is kept."""
     key = {
         "format": FORMAT,
         "machine": [platform.node(), platform.machine(), _cpu()],
@@ -149,6 +149,8 @@ def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
     }
     if cfg.engine.device != "auto":
         key["device"] = cfg.engine.device
+    if ranks.world(cfg) > 1:
+        key["ranks"] = [cfg.engine.tensor_parallel, cfg.engine.pipeline_parallel]
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
     name = "".join(c if c.isalnum() else "-" for c in Path(cfg.model.name).name)
     return cache_dir(cfg, environment) / "calibration" / f"{name}-{cfg.model.dtype}-{digest}.json"

@@ -222,6 +222,24 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class RankTiming:
+    """What one rank did of a step that several computed, nanoseconds on its own clock, one phase after another."""
+
+    rank: int
+    tensor: int = 0
+    """Which cut of its layers it holds."""
+    pipeline: int = 0
+    """Which run of layers it holds."""
+    prepare_ns: int = 0
+    forward_ns: int = 0
+    sample_ns: int = 0
+    transfer_ns: int = 0
+    compact_ns: int = 0
+    communication_ns: int = 0
+    """Of these, within exchanges with other ranks: passing data on, and waiting for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What executing one plan gave. `tokens` answers the sampling work items in their order.
 
@@ -237,6 +255,8 @@ class StepResult:
     """Copies between device and host, before the rest."""
     compact_ns: int = 0
     """Choosing and moving KV that compression keeps, after the rest."""
+    ranks: tuple[RankTiming, ...] = ()
+    """Each rank's share, where several computed the step; the phases above are then those of rank 0."""
 
     @property
     def duration_ns(self) -> int:

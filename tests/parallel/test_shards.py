@@ -22,16 +22,6 @@ from tests.real_engine.reference import families, saved
 LENGTHS = (7, 1, 12)
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def batch() -> PackedBatch:
     """Three prompts at once, logits for the last token of each."""
     lengths = np.array(LENGTHS)
