@@ -245,6 +245,15 @@ class Step(Protocol):
         """
         ...
 
+    def repeat(self, steps: int | None = None, *, past_ends: bool = False) -> None:
+        """Promise: while nobody arrives, ends, or lacks blocks, this step's plan stays the choice for so many more
+        steps (`None`: for as long as that holds). With `past_ends` it does also when requests have ended.
+
+        A policy that says nothing is asked in every step, which is always right. A simulator crosses the steps
+        that are promised at once, where they are nothing but `run_decodes`; their times and digests are the same.
+        """
+        ...
+
     def preempt(self, request: RequestView | RequestId, how: How | None = None) -> How:
         """Take a running request's blocks and slot back; it waits again. Not one granted in this step.
 

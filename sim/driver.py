@@ -17,7 +17,25 @@ from lab.control.loop import IDLE, serve
 from lab.control.request import Request
 from sim.executor import SimExecutor
 
+NEVER = 1 << 62
+
 Progress = Callable[[EngineCore, int], None]
+
+
+class Clock(simpy.Environment):
+    """SimPy's clock, which goes on without an event where nothing else is due until then."""
+
+    def pass_time(self, wait: int) -> bool:
+        """Let time pass at once; False if anything is due before or then."""
+        then = self._now + wait
+        if self._queue and self._queue[0][0] <= then:
+            return False
+        self._now = then
+        return True
+
+    def horizon(self) -> int:
+        """When the next event is due."""
+        return int(self._queue[0][0]) if self._queue else NEVER
 
 
 class Simulation:
@@ -33,7 +51,7 @@ class Simulation:
         requests: Sequence[Request],
         progress: Progress | None = None,
     ) -> None:
-        self._env = simpy.Environment()
+        self._env = Clock()
         self._gateway, self._fleet = control.gateway, control.fleet
         self._executor = executor
         self._requests = requests
@@ -91,7 +109,9 @@ class Simulation:
 
     def _replica(self, core: EngineCore, executor: SimExecutor) -> Generator[simpy.Event, Any, None]:
         env, index = self._env, core.replica
-        for wait in serve(core, executor, executor, lambda: int(env.now)):
+        price = executor.decode_time
+        coast = None if price is None else lambda now: core.coast(price, now, env.horizon())
+        for wait in serve(core, executor, executor, lambda: int(env.now), coast):
             if wait == IDLE:
                 over = self._next == len(self._requests)
                 if core.has_work and (over or self._fleet.draining(index)):
@@ -103,6 +123,10 @@ class Simulation:
                 awake = self._idle[index] = env.event()
                 self._end_if_over()
                 yield awake
+                continue
+            if env.pass_time(wait):
+                if self._progress is not None:
+                    self._progress(core, int(env.now))
                 continue
             yield env.timeout(wait)
             if self._next < len(self._requests) and self._requests[self._next].arrival == env.now:

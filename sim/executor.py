@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lab.control.coast import Price
 from lab.control.executor import Capacity
 from lab.control.plan import StepPlan, StepResult, StepTiming
 from lab.control.request import Request, RequestId, synthetic_token
@@ -20,6 +21,8 @@ class SimExecutor:
         self._cost = cost
         self._unforced: dict[RequestId, Request] = {}
         self._timing = StepTiming(0, 0, 0, 0, 0)
+        self.decode_time: Price | None = getattr(cost, "decode_time", None)
+        """How long a step of nothing but decodes takes, where the cost model can say that from their sums."""
 
     def another(self) -> SimExecutor:
         """A data plane like this one, for another replica."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lab.control.blame import blame
+from lab.control.coast import Price, coast
 from lab.control.compress import Compression
 from lab.control.decodes import Decodes, WorkList
 from lab.control.estimate import StepEstimate
@@ -156,6 +157,7 @@ class EngineCore:
         self._on_tokens = (
             policy.on_tokens if type(policy).on_tokens is not SchedulingPolicy.on_tokens else None
         )
+        self._repeats, self._repeats_past_ends = 0, False
         self._decodes = Decodes(self.pool.block_size, aggregate and self._on_tokens is None)
 
     # -- reading -------------------------------------------------------------------------------------
@@ -247,6 +249,7 @@ class EngineCore:
         self._load.to_compute += live.known
         self._load.expected += live.predicted
         self._seq += 1
+        self._repeats = 0
         self._requests[request.id] = self._waiting[request.id] = live
         self._call(self.policy.on_arrival, live.view, now)
 
@@ -255,6 +258,7 @@ class EngineCore:
         live = self._requests.get(request_id)
         if live is None:
             return False
+        self._repeats = 0
         if self._in_flight is not None and live.granted_now:
             if not (live.granted or live.aborting):
                 self._decodes.aborting.append(live)
@@ -265,10 +269,10 @@ class EngineCore:
 
     def pause(self, what: Literal["admission", "all"] = "all") -> None:
         """Grant nothing any more: to waiting requests (`admission`, to drain), or to any (`all`)."""
-        self._paused = what
+        self._paused, self._repeats = what, 0
 
     def resume(self) -> None:
-        self._paused = ""
+        self._paused, self._repeats = "", 0
 
     @property
     def paused(self) -> bool:
@@ -281,7 +285,8 @@ class EngineCore:
         """
         for live in list(self._requests.values()):
             live.sync()
-            self._observer.on_request(live.record("unfinished", "interrupted", max(now, live.phase_start)))
+            end = max(now, live.phase_start, *live.token_times[-1:])
+            self._observer.on_request(live.record("unfinished", "interrupted", end))
         self._in_flight = None
         self._requests.clear()
         self._running.clear()
@@ -294,6 +299,7 @@ class EngineCore:
         if self._in_flight is not None:
             raise RuntimeError(f"plan() before commit() of step {self._in_flight.plan.index}")
         self.host.settle()
+        self._repeats = 0
         self._evicting("expired", self.pool.expire, now)
         step = StepBuilder(
             self._index,
@@ -319,6 +325,8 @@ class EngineCore:
         if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
+        if step.repeats and not (step.work or step.preempted or step.rejected or self._decodes.others):
+            self._repeats, self._repeats_past_ends = step.repeats, step.repeats_past_ends
         plan = self._freeze(step)
         self._in_flight = self._describe(plan, step)
         return plan
@@ -417,8 +425,10 @@ class EngineCore:
         if flight is None:
             raise RuntimeError("observe() without a committed step")
         if self._totals is not None:
-            held = self.pool.total - flight.blocks_free - flight.blocks_cached
-            self._totals.add(flight.plan, timing.total_ns, self.pool.total, held, flight.evicted)
+            plan, total = flight.plan, self.pool.total
+            held = total - flight.blocks_free - flight.blocks_cached
+            self._totals.step(plan.now, timing.total_ns, total, held, plan.digest)
+            self._totals.decided(plan, flight.evicted)
             return
         self._observer.on_step(
             StepRecord(
@@ -440,6 +450,18 @@ class EngineCore:
                 released_commit=flight.released_commit,
             )
         )
+
+    def coast(self, price: Price, now: int, until: int) -> int:
+        """Take at once the steps that the policy promised and that end before `until`; returns the time then.
+
+        Each has its digest, times and records as if it had been planned and committed. `now` is after the last
+        commit; nothing else happens before `until`.
+        """
+        if not self._repeats or not self._decodes.bulk or self.pool.expires:
+            return now
+        if self._totals is None and self._observer.wants_work:
+            return now
+        return coast(self, price, now, until)
 
     def stalled(self) -> PolicyError:
         """What to raise when requests wait, nothing runs, nothing will arrive, and nothing was planned."""

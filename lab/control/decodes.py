@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, overload
 
 from lab.control.plan import Decoding, Work, weight
-from lab.control.request import RequestId
+from lab.control.request import BlockId, RequestId
+from lab.state.blocks import BlockPool
 
 if TYPE_CHECKING:
     from lab.control.live import LiveRequest
@@ -111,30 +112,47 @@ class Decodes:
 
     # -- one step --------------------------------------------------------------------------------------
 
-    def needing_block(self) -> Sequence[LiveRequest]:
-        """Members whose next token begins a block."""
+    @property
+    def needed(self) -> int:
+        """Blocks that the next grant takes."""
         if self.bulk:
-            return list(self._by_block[self.clock % self._size].values())
-        return [live for live in self.members.values() if live.computed % self._size == 0]
+            return len(self._by_block[self.clock % self._size])
+        return sum(live.computed % self._size == 0 for live in self.members.values())
 
-    def filling_block(self) -> Sequence[LiveRequest]:
-        """Members whose next token is the last of its block."""
+    def take(self, pool: BlockPool, now: int) -> list[tuple[RequestId, tuple[BlockId, ...]]]:
+        """The blocks of the next grant; those that it fills are published. The caller has seen that there are."""
+        size = self._size
         if self.bulk:
-            return list(self._by_block[(self.clock + 1) % self._size].values())
-        return [live for live in self.members.values() if (live.computed + 1) % self._size == 0]
+            needing = self._by_block[self.clock % size].values()
+            filling = self._by_block[(self.clock + 1) % size].values()
+        else:
+            members = self.members.items()
+            needing = {n: live for n, live in members if live.computed % size == 0}.values()
+            filling = {n: live for n, live in members if (live.computed + 1) % size == 0}.values()
+        taken: list[tuple[RequestId, tuple[BlockId, ...]]] = []
+        if needing:
+            for live, block in zip(needing, pool.take_run(len(needing), now), strict=True):
+                live.blocks.append(block)
+                taken.append((live.request.id, (block.id,)))
+        if pool.prefix_cache:
+            for live in filling:
+                depth = live.published
+                blocks = live.blocks
+                keys = live.chain.upto(depth + 1)
+                pool.publish(
+                    blocks[depth], blocks[depth - 1] if depth else None, keys, depth, now, live.request
+                )
+                live.published = depth + 1
+        return taken
 
-    def grant(self, blocks: tuple[tuple[RequestId, tuple[int, ...]], ...]) -> Decoding:
-        """What a plan says of a token for every member, which take these blocks."""
-        self.granted = True
-        count = len(self.members)
+    def peek(self) -> Decoding:
+        """The sums of the next grant, but for its blocks."""
+        seqs, clock = len(self.members), self.clock
         if self._longest is None:
-            clock = self.clock
             self._longest = max(
                 (live.computed - live.since for live in self.members.values()), default=-clock
             )
-        return Decoding(
-            count, self._context + count, self._longest + self.clock + 1, self._marks, self._starts, blocks
-        )
+        return Decoding(seqs, self._context + seqs, self._longest + clock + 1, self._marks, self._starts)
 
     def listing(self, decoding: Decoding) -> list[Work]:
         """The work items of the grant in flight."""
@@ -192,10 +210,10 @@ class WorkList(Sequence[Work]):
 
     __slots__ = ("_count", "_list", "_listing", "items")
 
-    def __init__(self, items: tuple[Work, ...], count: int, listing: Callable[[], list[Work]]) -> None:
+    def __init__(self, items: tuple[Work, ...], count: int, listing: Callable[[], list[Work]] | None) -> None:
         self.items = items
         self._count = count
-        self._listing: Callable[[], list[Work]] | None = listing
+        self._listing = listing
         self._list: tuple[Work, ...] | None = None
 
     def listed(self) -> tuple[Work, ...]:

@@ -25,10 +25,17 @@ class Planner(Protocol):
     def observe(self, timing: StepTiming) -> None: ...
 
 
-def serve(core: Planner, executor: Executor, timer: ControlTimer, now: Callable[[], int]) -> Iterator[int]:
+def serve(
+    core: Planner,
+    executor: Executor,
+    timer: ControlTimer,
+    now: Callable[[], int],
+    coast: Callable[[int], int] | None = None,
+) -> Iterator[int]:
     """Steps, forever. Arrivals due at `now()` must be in the core before each resumption.
 
-    A step takes plan + execute before its result is committed, and the commit's own time after that.
+    A step takes plan + execute before its result is committed, and the commit's own time after that. `coast` is
+    asked between two steps whether the time is known to pass until a later one (`EngineCore.coast`).
     """
     while True:
         timer.start()
@@ -54,3 +61,8 @@ def serve(core: Planner, executor: Executor, timer: ControlTimer, now: Callable[
             )
         )
         yield commit_ns
+        if coast is not None:
+            began = now()
+            after = coast(began)
+            if after > began:
+                yield after - began

@@ -152,22 +152,26 @@ class StepTotals:
     moved: int = 0
     digest: str = ""
 
-    def add(self, plan: StepPlan, total_ns: int, blocks: int, blocks_held: int, evicted: int) -> None:
+    def step(self, now: int, total_ns: int, blocks: int, held: int, digest: str) -> None:
         """One more step."""
         if not self.steps:
-            self.start, self.blocks = plan.now, blocks
+            self.start, self.blocks = now, blocks
         self.steps += 1
-        self.end = plan.now + total_ns
+        self.end = now + total_ns
         self.time_ns += total_ns
-        self.held_ns += blocks_held * total_ns
-        if blocks_held > self.peak_held:
-            self.peak_held = blocks_held
+        self.held_ns += held * total_ns
+        if held > self.peak_held:
+            self.peak_held = held
+        self.digest = digest
+
+    def decided(self, plan: StepPlan, evicted: int) -> None:
+        """What a step took away from anybody."""
         self.evicted += evicted
         if plan.preempted:
             self.preempted += len(plan.preempted)
-        if plan.swap_out or plan.swap_in:
             self.moved += plan.moved_blocks
-        self.digest = plan.digest
+        elif plan.swap_in:
+            self.moved += plan.moved_blocks
 
 
 class Observer:

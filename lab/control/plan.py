@@ -118,7 +118,7 @@ class StepPlan:
 
     def __bool__(self) -> bool:
         """False when there is nothing to execute and nothing was decided."""
-        return bool(self.work or self.preempted or self.rejected)
+        return bool(self.decodes.seqs or self.work or self.preempted or self.rejected)
 
     @property
     def items(self) -> Sequence[Work]:
@@ -152,7 +152,8 @@ def weight(request: RequestId) -> int:
     return int.from_bytes(hashlib.blake2b(request.encode(), digest_size=16).digest(), "little")
 
 
-_MASK = (1 << 128) - 1
+MASK = (1 << 128) - 1
+"""The sums of `chain` are taken modulo this plus one."""
 
 
 def chain(
@@ -188,7 +189,7 @@ def chain(
         sizes = struct.pack("<iqq?i", len(name), item.start, item.tokens, item.samples, len(item.blocks))
         parts += (sizes, name, struct.pack(f"<{len(item.blocks)}i", *item.blocks))
     head = struct.pack("<qqq", index, count, len(parts))
-    parts += ((marks & _MASK).to_bytes(16, "little"), (starts & _MASK).to_bytes(16, "little"))
+    parts += ((marks & MASK).to_bytes(16, "little"), (starts & MASK).to_bytes(16, "little"))
     for request, ids in blocks:
         name = request.encode()
         parts.append(struct.pack(f"<ii{len(ids)}i", len(name), len(ids), *ids) + name)

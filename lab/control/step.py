@@ -29,6 +29,10 @@ from lab.state.tiers import HostTier
 _CONTROL = os.path.join("lab", "control")
 
 
+MOST_REPEATS = 1 << 60
+"""As good as without end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one step may hold: tokens, running requests, and prompt tokens of one request (`chunk`)."""
@@ -107,6 +111,7 @@ class StepBuilder:
         self.decodes, self.decoding = decodes, NO_DECODES
         self.together: list[LiveRequest] = []
         """Those granted by `run_decodes`, where requests are touched one by one: the first of `granted`."""
+        self.repeats, self.repeats_past_ends = 0, False
         self.swap_out: list[Move] = []
         self.swap_in: list[Move] = []
         self.compactions: list[Compaction] = []
@@ -250,21 +255,13 @@ class StepBuilder:
         fresh = not (self.granted or self.preempted) and self._paused != "all"
         if not (0 < count <= self.tokens_left and fresh and not steady.granted):
             return [live.view for live in self._running.values() if not live.granted_now]
-        needing = steady.needing_block()
-        if len(needing) > pool.available:
+        if steady.needed > pool.available:
             return [live.view for live in self._running.values()]
-        taken = []
-        for live in needing:
-            block = pool.take(self.now)
-            live.blocks.append(block)
-            taken.append((live.request.id, (block.id,)))
-        if pool.prefix_cache:
-            for live in steady.filling_block():
-                live.now()
-                self._extend(live, live.computed + 1)
+        taken = steady.take(pool, self.now)
         self.tokens_left -= count
         if steady.bulk:
-            self.decoding = steady.grant(tuple(taken))
+            steady.granted = True
+            self.decoding = steady.peek()._replace(blocks=tuple(taken))
         else:
             blocks = dict(taken)
             for name, live in steady.members.items():
@@ -273,6 +270,11 @@ class StepBuilder:
                 self.together.append(live)
             self.granted += self.together
         return [live.view for live in steady.others.values()]
+
+    def repeat(self, steps: int | None = None, *, past_ends: bool = False) -> None:
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            self._fail(f"repeat({steps!r}): expected a number of steps, at least 1, or None")
+        self.repeats, self.repeats_past_ends = MOST_REPEATS if steps is None else steps, past_ends
 
     def preempt(self, request: RequestView | RequestId, how: How | None = None) -> How:
         live = self._find(request, "preempt")

@@ -66,7 +66,7 @@ class BlockPool:
         """The victim is whoever was let go first: the pool keeps that order, and calls no hook."""
         self._order: deque[list[Block]] = deque()
         """Chains in the order of their release, each to be taken from its end; who is held again is passed over."""
-        self._expires = type(eviction).expired is not EvictionPolicy.expired
+        self.expires = type(eviction).expired is not EvictionPolicy.expired
         self._blocks: list[Block] = []
         """Those that were ever taken, by id: the rest of a large pool costs nothing."""
         self._free: deque[Block] = deque()
@@ -277,7 +277,7 @@ class BlockPool:
 
     def expire(self, now: int) -> None:
         """Free what the eviction policy calls expired; costs nothing under a policy without a time limit."""
-        if self._expires:
+        if self.expires:
             for expired in self._eviction.expired(now):
                 block = self._candidate(expired)
                 self._drop(block, now)

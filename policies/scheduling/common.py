@@ -105,6 +105,14 @@ def run_running(step: Step, most: Most | None = None) -> bool:
     return run_in_order(step, rest, most, served=step.tokens_left < step.token_budget)
 
 
+def repeat_if_settled(step: Step, queue: KeyedHeap[RequestId]) -> None:
+    """Promise the same for the steps to come: nobody waits, or who waits has no slot until somebody ends."""
+    if not queue:
+        step.repeat(past_ends=True)
+    elif not step.slots_left:
+        step.repeat()
+
+
 def run_merged(
     step: Step,
     queue: KeyedHeap[RequestId],

@@ -12,7 +12,7 @@ Cost: O(running) a step, O(log waiting) an admission; with backfill a look at 32
 from __future__ import annotations
 
 from lab.policy import Shortage, Step
-from policies.scheduling.common import QueueingPolicy, run_running
+from policies.scheduling.common import QueueingPolicy, repeat_if_settled, run_running
 
 WINDOW = 32
 
@@ -30,6 +30,7 @@ class Fcfs(QueueingPolicy):
             return
         if not self.backfill:
             self.admit_while_it_fits(step)
+            repeat_if_settled(step, self.queue)
             return
         for name in self.queue.first(WINDOW):
             grant = step.run(name)

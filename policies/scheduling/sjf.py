@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lab.policy import RequestView, Step
 from policies.keyed_heap import Key
-from policies.scheduling.common import QueueingPolicy, run_running
+from policies.scheduling.common import QueueingPolicy, repeat_if_settled, run_running
 
 
 class ShortestJobFirst(QueueingPolicy):
@@ -22,3 +22,4 @@ class ShortestJobFirst(QueueingPolicy):
     def schedule(self, step: Step) -> None:
         if run_running(step):
             self.admit_while_it_fits(step)
+            repeat_if_settled(step, self.queue)

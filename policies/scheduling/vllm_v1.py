@@ -16,7 +16,7 @@ from typing import Literal
 
 from lab.policy import RequestView, Step
 from policies.keyed_heap import Key
-from policies.scheduling.common import QueueingPolicy, run_in_order, run_running
+from policies.scheduling.common import QueueingPolicy, repeat_if_settled, run_in_order, run_running
 
 
 class VllmV1(QueueingPolicy):
@@ -44,3 +44,4 @@ class VllmV1(QueueingPolicy):
         if ran:
             while self.queue and step.run(self.queue.peek(), cap):
                 self.queue.pop()
+            repeat_if_settled(step, self.queue)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.control.plan import StepPlan, StepTiming
+from lab.control.plan import Decoding, StepPlan, StepTiming
 from lab.errors import ConfigError
 from sim.cost.model import Batch
 
@@ -61,7 +61,13 @@ class LinearCost:
         object.__setattr__(self, "_phases", compiled)
 
     def step_time(self, plan: StepPlan) -> StepTiming:
-        batch = Batch.of(plan)
+        return self._price(Batch.of(plan))
+
+    def decode_time(self, decodes: Decoding) -> StepTiming:
+        """The same of a step that is nothing but these decodes."""
+        return self._price(Batch.of_decodes(decodes))
+
+    def _price(self, batch: Batch) -> StepTiming:
         times = []
         for terms in self._phases:
             total = 0.0

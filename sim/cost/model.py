@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from lab.control.plan import StepPlan, StepTiming
+from lab.control.plan import Decoding, StepPlan, StepTiming
 
 
 class CostModel(Protocol):
-    """Durations of a step, from its plan alone."""
+    """Durations of a step, from its plan alone.
+
+    One that has a method `decode_time(decodes: Decoding) -> StepTiming` too, which says what `step_time` says of a
+    plan with nothing but these decodes, lets runs of such steps be crossed at once.
+    """
 
     def step_time(self, plan: StepPlan) -> StepTiming:
         """How long planning, each execution phase, and committing take, in nanoseconds."""
@@ -34,6 +38,12 @@ class Batch:
     """Query-key pairs of multi-token items (causal)."""
     prefill_context: int
     """Sum of contexts at the end of multi-token items."""
+
+    @classmethod
+    def of_decodes(cls, decodes: Decoding) -> Batch:
+        """The batch of a plan that is nothing but these decodes."""
+        seqs = decodes.seqs
+        return cls(seqs, seqs, seqs, decodes.context, seqs * decodes.longest, 0, 0)
 
     @classmethod
     def of(cls, plan: StepPlan) -> Batch:

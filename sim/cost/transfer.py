@@ -17,6 +17,9 @@ class WithTransfers:
 
     def __init__(self, cost: CostModel, capacity: Capacity) -> None:
         self._cost, self._capacity = cost, capacity
+        decode_time = getattr(cost, "decode_time", None)
+        if decode_time is not None:
+            self.decode_time = decode_time  # they move nothing
 
     def step_time(self, plan: StepPlan) -> StepTiming:
         timing = self._cost.step_time(plan)
