@@ -53,7 +53,10 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
         load.context += seqs
         load.expected -= seqs
         state: tuple[int, ...] = ()
+        gone: tuple[str, ...] = ()
         if totals is None:
+            gone = tuple(core._released)
+            core._released.clear()
             state = (len(core._running), len(core._waiting), pool.free, pool.cached, held, *core._count())
         else:
             totals.step(now, after - now, pool.total, held, digest)
@@ -61,13 +64,11 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
         core._index, core._digest = index + 1, digest
         core._repeats -= 1
         if ended:
-            if not core._repeats_past_ends:
-                core._repeats = 0
             for live in ended:
                 core._end(live, "finished", "length", done)
             held = pool.held
         if state:
-            core._observer.on_step(_record(core, index, now, digest, decoding, taken, timing, state))
+            core._observer.on_step(_record(core, index, now, digest, decoding, taken, timing, state, gone))
         index += 1
         now = after
     if totals is not None:
@@ -84,12 +85,20 @@ def _record(
     taken: list[tuple[str, tuple[int, ...]]],
     timing: StepTiming,
     state: tuple[int, ...],
+    gone: tuple[str, ...],
 ) -> StepRecord:
     """What an observer is told of such a step."""
     running, waiting, free, cached, held, allocated, evicted, released = state
-    work = WorkList((), decoding.seqs, None)
+    plan = StepPlan(
+        index,
+        now,
+        WorkList((), decoding.seqs, None),
+        digest,
+        released=gone,
+        decodes=decoding._replace(blocks=tuple(taken)),
+    )
     return StepRecord(
-        plan=StepPlan(index, now, work, digest, decodes=decoding._replace(blocks=tuple(taken))),
+        plan=plan,
         timing=timing,
         policy=core.policy_name,
         replica=core.replica,

@@ -579,6 +579,8 @@ class EngineCore:
     def _end(self, live: LiveRequest, outcome: Outcome, reason: str, now: int) -> None:
         name = live.request.id
         self._decodes.drop(live)
+        if not self._repeats_past_ends:
+            self._repeats = 0
         del self._requests[name]
         self._running.pop(name, None)
         self._waiting.pop(name, None)
