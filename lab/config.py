@@ -153,6 +153,10 @@ class RunConfig:
     dir: str | None = option(None, "this directory; null: a new one under run.root")
     root: str = option("runs", "where new run directories are made")
     report: bool | None = option(None, "write report.html; null: yes, but not for a simulation alone")
+    record: str = option(
+        "everything",
+        "everything, or for long simulations steps (no plans, no times of single tokens) or requests (no steps)",
+    )
 
 
 @dataclass
@@ -260,6 +264,8 @@ COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
 )
 DTYPES = ("bfloat16", "float32")
 OUTPUT_LENGTHS = ("forced", "stop")
+RECORD = ("everything", "steps", "requests")
+"""`run.record`: all there is, and then less."""
 ATTENTION = ("auto", "native", "flash", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 MOST_BLOCKS = (1 << 31) - 1
@@ -351,6 +357,14 @@ def validate(cfg: Config) -> None:
     _one_of("backend", cfg.backend, backends())
     _one_of("output_lengths", cfg.output_lengths, OUTPUT_LENGTHS)
     _one_of("model.dtype", cfg.model.dtype, DTYPES)
+    _one_of("run.record", cfg.run.record, RECORD)
+    if cfg.run.record != "everything" and (
+        cfg.backend != "sim" or cfg.run.report or cfg.export != ExportConfig()
+    ):
+        raise ConfigError(
+            f"run.record={cfg.run.record} leaves out what a comparison, a report or an export needs; expected "
+            "backend=sim, and neither run.report nor export."
+        )
     _one_of("engine.attention", cfg.engine.attention, ATTENTION)
     _one_of("engine.device", cfg.engine.device, DEVICES)
     if not 0 < cfg.engine.memory_utilization <= 1:

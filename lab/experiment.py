@@ -80,6 +80,7 @@ def experiment(cfg: Config) -> int:
                 config_text=config_text,
                 model=cfg.model.name,
                 otlp_file=cfg.export.otlp_file,
+                record=cfg.run.record,
                 source=source,
             )
             finished[backend.name] = run_side(side, path / backend.name if both else path, console)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Literal
 
-from lab.control.request import Request
+from lab.control.request import GREEDY, Piece, Request, SamplingParams, Segment
 from lab.observe.boundaries import SCHEMA_VERSION
 
 SERVICE = "diptych"
@@ -64,8 +65,20 @@ def workload_id(requests: Iterable[Request]) -> str:
     """32 hex digits that name a workload by its content, in whatever order the requests come."""
     h = hashlib.blake2b(digest_size=16)
     for request in sorted(requests, key=lambda request: (request.arrival, request.id)):
-        h.update(repr(request).encode())
+        pieces = ",".join([_piece(piece) for piece in request.prompt.pieces])
+        h.update(f"{_PLAIN(request)}{pieces};{_sampling(request.sampling)}\n".encode())
     return h.hexdigest()
+
+
+_PLAIN = attrgetter(*(item.name for item in fields(Request) if item.name not in ("prompt", "sampling")))
+
+
+def _piece(piece: Piece) -> str:
+    return f"{piece.stream}+{piece.start}:{piece.length}" if isinstance(piece, Segment) else repr(piece)
+
+
+def _sampling(sampling: SamplingParams) -> str:
+    return "" if sampling is GREEDY else repr(sampling)
 
 
 def request_trace(workload: str, request: str) -> str:

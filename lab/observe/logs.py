@@ -48,6 +48,8 @@ class JsonLog(Observer):
             self.flush()
 
     def on_request(self, record: RequestRecord) -> None:
+        if self._lowest > LEVELS["INFO"] and record.outcome in ("finished", "aborted"):
+            return
         self._waiting.append(record)
         if len(self._waiting) >= self._buffer:
             self.flush()

@@ -11,12 +11,13 @@ NaN or 0. TTFT plus the sum of a request's ITLs is its E2E exactly, in integer n
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
-from lab.control.observer import FleetEvent, RequestRecord, StepRecord
+from lab.control.observer import FleetEvent, RequestRecord, StepRecord, StepTotals
 from lab.control.plan import GENESIS
 from lab.observe.recorder import Recorded
 
@@ -108,62 +109,141 @@ METRICS: tuple[Metric, ...] = (
 
 def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = None) -> dict[str, Any]:
     """The content of `metrics.json`: nested dicts whose leaves are numbers, strings or null."""
-    requests, steps = recorded.requests, recorded.steps
-    finished = [record for record in requests if record.outcome == "finished"]
-    scheduled = [record for record in requests if first_scheduled(record) is not None]
-    duration = _duration_ns(requests, steps) / 1e9
-    output_tokens = sum(len(record.token_times) for record in finished)
-    prompt_tokens = sum(len(record.request.prompt) for record in finished)
-    good = sum(record.met_objectives for record in finished)
-    asked_tokens = sum(len(record.request.prompt) for record in scheduled)
-    asked_blocks = sum(-(-len(record.request.prompt) // block_size) for record in scheduled)
-    outcomes = [record.outcome for record in requests]
-    return {
-        "requests": {
-            name: outcomes.count(name) for name in ("finished", "rejected", "aborted", "unfinished")
-        },
-        "ttft_ms": _stats([ttft_ns(record) for record in finished if record.token_times]),
-        "tpot_ms": _stats([tpot for record in finished if (tpot := tpot_ns(record)) is not None]),
-        "itl_ms": _stats([gap for record in finished for gap in itls_ns(record)]),
-        "e2e_ms": _stats([e2e_ns(record) for record in finished]),
-        "queue_ms": _stats([wait for record in finished if (wait := queue_ns(record)) is not None]),
-        "queue_total_ms": _stats([queue_total_ns(record) for record in finished]),
-        "throughput": {
-            "requests_per_s": _ratio(len(finished), duration),
-            "output_tokens_per_s": _ratio(output_tokens, duration),
-            "total_tokens_per_s": _ratio(prompt_tokens + output_tokens, duration),
-        },
-        "goodput": {"requests_per_s": _ratio(good, duration), "attainment": _ratio(good, len(requests))},
-        "kv": {
-            "prefix_hit_ratio_tokens": _ratio(
-                sum(record.cached_tokens for record in scheduled), asked_tokens
+    tally = Tally(block_size)
+    tally.add(recorded.requests)
+    totals: dict[int, StepTotals] = {}
+    for step in recorded.steps:
+        blocks = step.blocks_free + step.blocks_cached + step.blocks_held
+        total = totals.setdefault(step.replica, StepTotals())
+        total.step(step.start, step.timing.total_ns, blocks, step.blocks_held, step.plan.digest)
+        total.decided(step.plan, step.evicted)
+    return tally.result(totals, recorded.fleet, wall_s)
+
+
+class Tally:
+    """Adds up what requests were like, so that they need not be kept. `fold` keeps gaps between tokens by how often
+    each occurred, which is the same to percentiles and less to hold; means may then differ in the last digits."""
+
+    def __init__(self, block_size: int, fold: bool = False) -> None:
+        self._block_size, self._fold = block_size, fold
+        self._outcomes = dict.fromkeys(("finished", "rejected", "aborted", "unfinished"), 0)
+        self._samples: dict[str, list[float]] = {
+            name: [] for name in ("ttft_ms", "tpot_ms", "e2e_ms", "queue_ms", "queue_total_ms")
+        }
+        self._gaps: list[int] = []
+        self._folded: list[tuple[Any, Any]] = []
+        self._sums = dict.fromkeys(
+            ("output", "prompt", "computed", "good", "asked", "asked_blocks", "cached", "cached_blocks"), 0
+        )
+        self._foreseen: list[int] = []
+        self._true: list[int] = []
+        self._lags: list[int] = []
+        self._first: int | None = None
+        self._last = 0
+        self.requests = 0
+
+    def add(self, records: Sequence[RequestRecord]) -> None:
+        """More requests, in the order of their telling."""
+        sums, samples = self._sums, self._samples
+        for record in records:
+            request, times = record.request, record.token_times
+            arrival, prompt = request.arrival, len(request.prompt)
+            self._outcomes[record.outcome] += 1
+            sums["computed"] += record.computed_tokens
+            self._lags.append(record.decision.ingest_lag)
+            if self._first is None or arrival < self._first:
+                self._first = arrival
+            self._last = max(self._last, record.end)
+            wait = queue_ns(record)
+            if wait is not None:
+                sums["asked"] += prompt
+                sums["asked_blocks"] += -(-prompt // self._block_size)
+                sums["cached"] += record.cached_tokens
+                sums["cached_blocks"] += record.cached_blocks
+            if record.outcome != "finished":
+                continue
+            sums["output"] += len(times)
+            sums["prompt"] += prompt
+            sums["good"] += record.met_objectives
+            self._foreseen.append(record.predicted_output)
+            self._true.append(len(times))
+            if times:
+                samples["ttft_ms"].append(times[0] - arrival)
+            if len(times) > 1:
+                samples["tpot_ms"].append((times[-1] - times[0]) / (len(times) - 1))
+                if not self._fold:
+                    self._gaps += itls_ns(record)
+            samples["e2e_ms"].append(record.end - arrival)
+            if wait is not None:
+                samples["queue_ms"].append(wait)
+            samples["queue_total_ms"].append(queue_total_ns(record))
+        self.requests += len(records)
+        if self._fold:
+            self._fold_gaps([record.token_times for record in records if record.outcome == "finished"])
+
+    def _fold_gaps(self, times: Sequence[Sequence[int]]) -> None:
+        import numpy as np
+
+        lengths = np.array([len(each) for each in times], dtype=np.int64)
+        pooled = np.fromiter(chain.from_iterable(times), dtype=np.int64, count=int(lengths.sum()))
+        gaps = np.diff(pooled)
+        keep = np.ones(len(gaps), dtype=bool)
+        borders = np.cumsum(lengths)[:-1] - 1
+        keep[borders[borders >= 0]] = False
+        self._folded.append(np.unique(gaps[keep], return_counts=True))
+
+    def result(
+        self, totals: Mapping[int, StepTotals], fleet: Sequence[FleetEvent], wall_s: float | None
+    ) -> dict[str, Any]:
+        """The content of `metrics.json`; `totals` by replica."""
+        sums, ran = self._sums, [total for total in totals.values() if total.steps]
+        ends = [self._last] * bool(self.requests) + [total.end for total in ran]
+        starts = [self._first] if self._first is not None else [total.start for total in ran]
+        duration = (max(ends) - min(starts) if ends else 0) / 1e9
+        finished = self._outcomes["finished"]
+        time_ns = sum(total.time_ns for total in ran)
+        stats = {name: _stats(values) for name, values in self._samples.items()}
+        stats["itl_ms"] = _folded_stats(self._folded) if self._fold else _stats(self._gaps)
+        return {
+            "requests": self._outcomes,
+            **{
+                name: stats[name]
+                for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "queue_ms", "queue_total_ms")
+            },
+            "throughput": {
+                "requests_per_s": _ratio(finished, duration),
+                "output_tokens_per_s": _ratio(sums["output"], duration),
+                "total_tokens_per_s": _ratio(sums["prompt"] + sums["output"], duration),
+            },
+            "goodput": {
+                "requests_per_s": _ratio(sums["good"], duration),
+                "attainment": _ratio(sums["good"], self.requests),
+            },
+            "kv": {
+                "prefix_hit_ratio_tokens": _ratio(sums["cached"], sums["asked"]),
+                "prefix_hit_ratio_blocks": _ratio(sums["cached_blocks"], sums["asked_blocks"]),
+                "evictions": sum(total.evicted for total in ran),
+                "peak_blocks": max((total.peak_held for total in ran), default=0),
+                "peak_utilisation": max(
+                    (total.peak_held / (total.blocks or 1) for total in ran), default=None
+                ),
+                "mean_utilisation": _ratio(
+                    sum(total.held_ns / (total.blocks or 1) for total in ran), time_ns
+                ),
+            },
+            "tokens": {"prompt": sums["prompt"], "output": sums["output"], "computed": sums["computed"]},
+            "preemptions": sum(total.preempted for total in ran),
+            "swapped_blocks": sum(total.moved for total in ran),
+            "prediction": _prediction(self._foreseen, self._true),
+            "fleet": _fleet(fleet),
+            "ingest": _ingest(self._lags),
+            "steps": sum(total.steps for total in ran),
+            "duration_s": duration,
+            "plan_digest": joined_digest(
+                {replica: total.digest for replica, total in totals.items() if total.steps}
             ),
-            "prefix_hit_ratio_blocks": _ratio(
-                sum(record.cached_blocks for record in scheduled), asked_blocks
-            ),
-            "evictions": sum(step.evicted for step in steps),
-            "peak_blocks": max((step.blocks_held for step in steps), default=0),
-            "peak_utilisation": max((_held(step) for step in steps), default=None),
-            "mean_utilisation": _ratio(
-                sum(_held(step) * step.timing.total_ns for step in steps),
-                sum(step.timing.total_ns for step in steps),
-            ),
-        },
-        "tokens": {
-            "prompt": prompt_tokens,
-            "output": output_tokens,
-            "computed": sum(record.computed_tokens for record in requests),
-        },
-        "preemptions": sum(len(step.plan.preempted) for step in steps),
-        "swapped_blocks": sum(step.plan.moved_blocks for step in steps),
-        "prediction": _prediction(finished),
-        "fleet": _fleet(recorded.fleet),
-        "ingest": _ingest([record.decision.ingest_lag for record in requests]),
-        "steps": len(steps),
-        "duration_s": duration,
-        "plan_digest": plan_digest(steps),
-        "wall_s": wall_s,
-    }
+            "wall_s": wall_s,
+        }
 
 
 # -- one request, in integer nanoseconds ---------------------------------------------------------------
@@ -213,9 +293,11 @@ def queue_total_ns(record: RequestRecord) -> int:
 
 def plan_digest(steps: Sequence[StepRecord]) -> str:
     """The chained digest of a run's decisions; `GENESIS` when there was no step."""
-    last: dict[int, str] = {}
-    for step in steps:
-        last[step.replica] = step.plan.digest
+    return joined_digest({step.replica: step.plan.digest for step in steps})
+
+
+def joined_digest(last: Mapping[int, str]) -> str:
+    """The same from each replica's last digest."""
     if len(last) < 2:
         return next(iter(last.values()), GENESIS)
     joined = "\x1f".join(f"{replica}={last[replica]}" for replica in sorted(last))
@@ -236,10 +318,35 @@ def _stats(samples_ns: Sequence[float]) -> dict[str, float | None]:
     return {name: float(value) / 1e6 for name, value in zip(names, values, strict=True)}
 
 
-def _prediction(finished: Sequence[RequestRecord]) -> dict[str, float | None]:
+def _folded_stats(folded: Sequence[tuple[Any, Any]]) -> dict[str, float | None]:
+    """`_stats` of values given by how often each occurred."""
+    import numpy as np
+
+    if not sum(len(values) for values, _ in folded):
+        return _stats([])
+    values = np.concatenate([values for values, _ in folded])
+    order = np.argsort(values, kind="stable")
+    values, counts = values[order], np.concatenate([counts for _, counts in folded])[order]
+    ends = np.cumsum(counts)
+    number = int(ends[-1])
+
+    def at(rank: float) -> float:
+        """Linear between order statistics, as numpy does it."""
+        place = rank / 100 * (number - 1)
+        low = math.floor(place)
+        below, above = (
+            values[np.searchsorted(ends, n, side="right")] for n in (low, min(low + 1, number - 1))
+        )
+        return float(below + (above - below) * (place - low))
+
+    mean = float((values.astype(np.float64) * counts).sum() / number)
+    found = [mean, *map(at, PERCENTILES)]
+    names = ["mean", *(f"p{rank}" for rank in PERCENTILES)]
+    return {name: value / 1e6 for name, value in zip(names, found, strict=True)}
+
+
+def _prediction(foreseen: Sequence[int], true: Sequence[int]) -> dict[str, float | None]:
     """How well output lengths were foreseen."""
-    foreseen = [record.predicted_output for record in finished]
-    true = [len(record.token_times) for record in finished]
     error = _ratio(sum(abs(guess - truth) for guess, truth in zip(foreseen, true, strict=True)), len(true))
     tau: float | None = None
     if error and len(true) > 1:  # scipy takes half a second to import: only where there is something to say
@@ -270,13 +377,3 @@ def _fleet(events: Sequence[FleetEvent]) -> dict[str, float]:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _held(step: StepRecord) -> float:
-    return step.blocks_held / ((step.blocks_free + step.blocks_cached + step.blocks_held) or 1)
-
-
-def _duration_ns(requests: Sequence[RequestRecord], steps: Sequence[StepRecord]) -> int:
-    ends = [record.end for record in requests] + [step.end for step in steps]
-    starts = [record.request.arrival for record in requests] or [step.start for step in steps]
-    return max(ends) - min(starts) if ends else 0

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from types import TracebackType
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from lab.errors import RunError
 from lab.observe.boundaries import SCHEMA_VERSION
@@ -78,39 +79,92 @@ def _without_pandas() -> None:
             del sys.meta_path[0]
 
 
-def write(path: Path, rows: Iterable[T], columns: Sequence[Column[T]]) -> int:
-    """Write rows a row group at a time. OS errors pass through: the caller knows what the file is for."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class Table(Generic[T]):
+    """A Parquet file that is written while its rows come: memory holds no more than a row group.
 
-    _without_pandas()
-    kinds = [_arrow(kind) for _, kind, _ in columns]
-    schema = pa.schema(
-        [(name, kind) for (name, _, _), kind in zip(columns, kinds, strict=True)],
-        metadata={"lab.schema.version": str(SCHEMA_VERSION)},
-    )
-    source, written = iter(rows), 0
-    # A dictionary of values that don't repeat is a third more bytes and twice the time (flat tables only).
-    unique = any(kind == "unique" for _, kind, _ in columns)
-    repeating: Any = [name for name, kind, _ in columns if kind != "unique"] if unique else True
-    options = {"compression": "zstd", "version": "2.6", "use_dictionary": repeating}
-    with pq.ParquetWriter(path, schema, **options) as writer:
-        batches: list[Any] = []
-        while rows_now := list(islice(source, _BATCH)):
+    A context manager; the file can be read once it is closed. OS errors pass through: the caller knows what the
+    file is for.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[Column[T]], group: int = ROW_GROUP) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        _without_pandas()
+        self._path, self._columns, self._group = path, columns, group
+        self._kinds = [_arrow(kind) for _, kind, _ in columns]
+        self._schema = pa.schema(
+            [(name, kind) for (name, _, _), kind in zip(columns, self._kinds, strict=True)],
+            metadata={"lab.schema.version": str(SCHEMA_VERSION)},
+        )
+        # A dictionary of values that don't repeat is a third more bytes and twice the time (flat tables only).
+        unique = any(kind == "unique" for _, kind, _ in columns)
+        repeating: Any = [name for name, kind, _ in columns if kind != "unique"] if unique else True
+        options = {"compression": "zstd", "version": "2.6", "use_dictionary": repeating}
+        self._writer = pq.ParquetWriter(path, self._schema, **options)
+        self._batches: list[Any] = []
+        self._waiting = 0
+        self.rows = 0
+        """Rows put so far."""
+
+    def put(self, rows: Iterable[T]) -> None:
+        """More rows. They are converted at once."""
+        import pyarrow as pa
+
+        source = iter(rows)
+        while rows_now := list(islice(source, min(_BATCH, self._group - self._waiting))):
             arrays = []
-            for (name, _, get), kind in zip(columns, kinds, strict=True):
+            for (name, _, get), kind in zip(self._columns, self._kinds, strict=True):
                 try:
                     arrays.append(pa.array([get(row) for row in rows_now], kind))
                 except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-                    raise RunError(f"can't write column '{name}' of '{path.name}': {error}") from error
-            batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
-            written += len(rows_now)
-            if written % ROW_GROUP == 0:
-                writer.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
-                batches.clear()
-        if batches:
-            writer.write_table(pa.Table.from_batches(batches), row_group_size=ROW_GROUP)
-    return written
+                    raise RunError(f"can't write column '{name}' of '{self._path.name}': {error}") from error
+            self._add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+
+    def put_columns(self, columns: Sequence[Sequence[Any]]) -> None:
+        """More rows, as values by column. At most a row group."""
+        import pyarrow as pa
+
+        arrays = [pa.array(values, kind) for values, kind in zip(columns, self._kinds, strict=True)]
+        self._add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+
+    def _add(self, batch: Any) -> None:
+        self._batches.append(batch)
+        self._waiting += len(batch)
+        self.rows += len(batch)
+        if self._waiting >= self._group:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._batches:
+            self._writer.write_table(pa.Table.from_batches(self._batches), row_group_size=self._group)
+            self._batches.clear()
+            self._waiting = 0
+
+    def close(self) -> None:
+        """Write what waits, and the end of the file."""
+        self._flush()
+        self._writer.close()
+
+    def __enter__(self) -> Table[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writer.close()
+
+
+def write(path: Path, rows: Iterable[T], columns: Sequence[Column[T]]) -> int:
+    """Write rows a row group at a time. OS errors pass through: the caller knows what the file is for."""
+    with Table(path, columns) as table:
+        table.put(rows)
+    return table.rows
 
 
 def read(path: Path, columns: Sequence[Column[Any]]) -> list[dict[str, Any]]:

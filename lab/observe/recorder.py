@@ -31,6 +31,11 @@ class Recorder(Observer):
         self.steps: list[StepRecord] = []
         self.fleet: list[FleetEvent] = []
 
+    @property
+    def ended(self) -> int:
+        """Requests told so far."""
+        return len(self.requests)
+
     def on_step(self, step: StepRecord) -> None:
         self.steps.append(step)
 

@@ -10,7 +10,7 @@ request; the step's index within a replica's trace (twice that for `kv.release`,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lab.control.observer import RequestRecord, StepRecord
 from lab.control.plan import Work
@@ -70,11 +70,12 @@ def spans(recorded: Recorded, info: RunInfo, *, links: bool = True) -> Iterator[
     trace = gateway_trace(info.workload)
     for n, event in enumerate(recorded.fleet):
         about = (event.replica, event.event, event.target, event.reason)
-        yield _row(_SCALE, trace, n, None, event.at, event.at, *about)
+        yield _full(_SCALE, trace, n, None, event.at, event.at, *about)
 
 
-def request_spans(record: RequestRecord, info: RunInfo) -> Iterator[SpanRow]:
-    """The root span of one request, then its children in order of time."""
+def request_spans(record: RequestRecord, info: RunInfo, make: Any = None) -> Iterator[Any]:
+    """The root span of one request, then its children in order of time. `make` makes them, in place of `_full`."""
+    _row = make or _full
     request, sampling, decision = record.request, record.request.sampling, record.decision
     trace = request_trace(info.workload, request.id)
     finished = record.outcome == "finished"
@@ -130,8 +131,11 @@ def request_spans(record: RequestRecord, info: RunInfo) -> Iterator[SpanRow]:
         yield _row(_PHASES[stretch.phase], trace, visit, parent, stretch.start, stretch.end, *about)
 
 
-def step_spans(step: StepRecord, info: RunInfo, targets: Mapping[str, Target] | None) -> Iterator[SpanRow]:
+def step_spans(
+    step: StepRecord, info: RunInfo, targets: Mapping[str, Target] | None, make: Any = None
+) -> Iterator[Any]:
     """The root span of one step, then what lies in it. `targets`: request id to what links point at."""
+    _row = make or _full
     plan, timing = step.plan, step.timing
     index = plan.index
     trace = replica_trace(info.workload, step.replica)
@@ -269,7 +273,7 @@ def _link(work: Work, target: Target) -> SpanLink:
     return SpanLink(target.trace_id, target.span_id, dict(zip(_LINK_NAMES, values, strict=True)))
 
 
-def _row(
+def _full(
     boundary: Boundary,
     trace: str,
     ordinal: int,
