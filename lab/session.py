@@ -229,12 +229,17 @@ def _drive(
         update = stack.enter_context(console.progress(label, total)) if console is not None else None
 
         def progress(core: EngineCore, now: int) -> None:
-            steps = sum(core.steps for core in control.fleet.cores)
-            if update is not None and steps and steps % SHOW_EVERY == 0:
+            if update is None:
+                return
+            if not isinstance(recorder, Recorder):
+                update(recorder.ended, f"{now / 1e9:.1f} s")
+                return
+            steps = len(recorder.steps)
+            if steps and steps % SHOW_EVERY == 0:
                 last = recorder.steps[-1]
                 kv = 100 * last.blocks_held / control.core.pool.total
                 note = f"step {steps}, {last.running} running, {last.waiting} waiting, KV {kv:.0f} %"
-                update(recorder.ended, f"{note}, {now / 1e9:.1f} s")
+                update(len(recorder.requests), f"{note}, {now / 1e9:.1f} s")
 
         drive = side.backend.drive(control, side.requests, progress)
         try:
@@ -251,10 +256,8 @@ def _drive(
             log.ending = True
             control.fleet.close(drive.now)
         if update is not None:
-            update(
-                total,
-                f"{sum(core.steps for core in control.fleet.cores)} steps, {drive.now / 1e9:.1f} s of run time",
-            )
+            steps = control.core.steps if not isinstance(recorder, Recorder) else len(recorder.steps)
+            update(total, f"{steps} steps, {drive.now / 1e9:.1f} s of run time")
     return None
 
 

@@ -9,10 +9,10 @@ request; the step's index within a replica's trace (twice that for `kv.release`,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lab.control.observer import RequestRecord, StepRecord
+from lab.control.observer import FleetEvent, RequestRecord, StepRecord
 from lab.control.plan import Work
 from lab.control.request import Request
 from lab.observe.boundaries import BOUNDARIES, EPOCH_NS, LINK, Boundary, Value
@@ -67,10 +67,15 @@ def spans(recorded: Recorded, info: RunInfo, *, links: bool = True) -> Iterator[
             if request.id not in targets:
                 targets[request.id] = _target(request, info)
         yield from step_spans(step, info, targets if links else None)
+    yield from fleet_spans(recorded.fleet, info)
+
+
+def fleet_spans(events: Sequence[FleetEvent], info: RunInfo, make: Any = None) -> Iterator[Any]:
+    """A span for each replica that came or went."""
     trace = gateway_trace(info.workload)
-    for n, event in enumerate(recorded.fleet):
+    for n, event in enumerate(events):
         about = (event.replica, event.event, event.target, event.reason)
-        yield _full(_SCALE, trace, n, None, event.at, event.at, *about)
+        yield (make or _full)(_SCALE, trace, n, None, event.at, event.at, *about)
 
 
 def request_spans(record: RequestRecord, info: RunInfo, make: Any = None) -> Iterator[Any]:

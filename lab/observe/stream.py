@@ -20,7 +20,7 @@ from lab.observe.identity import RunInfo
 from lab.observe.metrics import Tally
 from lab.observe.packed import packed
 from lab.observe.parquet import Column, Table, write
-from lab.observe.spans import request_spans, step_spans
+from lab.observe.spans import fleet_spans, request_spans, step_spans
 
 BUFFER = 2048
 """Records that wait to be written together."""
@@ -81,6 +81,8 @@ class Stream(Observer):
         """Write what waits and put the files in place."""
         self._write_requests()
         self._write_steps()
+        if self.fleet:
+            self._put_spans(list(fleet_spans(self.fleet, self._info, packed)))
         for table in (self._requests, self._spans, self._table):
             if table is not None:
                 table.close()
