@@ -33,6 +33,7 @@ class JsonLog(Observer):
     def __init__(self, path: Path, info: RunInfo, *, level: Level = "DEBUG", buffer: int = 256) -> None:
         self.path = path
         self._workload = info.workload
+        self._traces: dict[int, str] = {}
         self._lowest = LEVELS[level]
         self._buffer = buffer
         self._waiting: list[StepRecord | RequestRecord] = []
@@ -59,10 +60,10 @@ class JsonLog(Observer):
         waiting, self._waiting = self._waiting, []
         if self._file is None:
             return
-        lines: list[dict[str, Any]] = []
-        for record in waiting:
-            lines += self._step(record) if isinstance(record, StepRecord) else self._request(record)
-        text = "".join(self._encode(line) + "\n" for line in lines if LEVELS[line["level"]] >= self._lowest)
+        text = "".join(
+            self._step(record) if isinstance(record, StepRecord) else self._request(record)
+            for record in waiting
+        )
         try:
             self._file.write(text)
             self._file.flush()
@@ -94,10 +95,36 @@ class JsonLog(Observer):
     def _failed(self, error: OSError) -> RunError:
         return RunError(f"can't write the log '{self.path}': {error.strerror or error}")
 
-    def _step(self, step: StepRecord) -> list[dict[str, Any]]:
+    def _trace(self, replica: int) -> str:
+        trace = self._traces.get(replica)
+        if trace is None:
+            trace = self._traces[replica] = replica_trace(self._workload, replica)
+        return trace
+
+    # The two kinds of lines that there are many of are written out: an encoder takes three times as long, and
+    # formatting is most of what recording costs. Their values are integers, and words without anything to escape.
+
+    def _step(self, step: StepRecord) -> str:
         plan = step.plan
-        trace = replica_trace(self._workload, step.replica)
-        outcomes = (("INFO", "preempted", plan.preempted), ("WARNING", "rejected", plan.rejected))
+        index, replica, trace = plan.index, step.replica, self._trace(step.replica)
+        text = self._decided(step, trace) if plan.preempted or plan.rejected else ""
+        if self._lowest > LEVELS["DEBUG"]:
+            return text
+        return (
+            f'{text}{{"ts_ns":{step.end},"level":"DEBUG","stage":"step","step":{index},"replica":{replica},'
+            f'"event":"committed","duration_ns":{step.timing.total_ns},"batch_size":{len(plan.work)},'
+            f'"prefill_tokens":{step.prefill_tokens},"decode_tokens":{step.decode_tokens},'
+            f'"running":{step.running},"waiting":{step.waiting},"blocks_free":{step.blocks_free},'
+            f'"trace_id":"{trace}","span_id":"{span_id(trace, "step", index)}"}}\n'
+        )
+
+    def _decided(self, step: StepRecord, trace: str) -> str:
+        """Lines of those who were preempted or given up in the step."""
+        plan = step.plan
+        outcomes: tuple[tuple[Level, str, tuple[tuple[str, str], ...]], ...] = (
+            ("INFO", "preempted", plan.preempted),
+            ("WARNING", "rejected", plan.rejected),
+        )
         lines: list[dict[str, Any]] = [
             {
                 "ts_ns": plan.now,
@@ -112,45 +139,21 @@ class JsonLog(Observer):
                 "span_id": span_id(trace, "step.plan", plan.index),
             }
             for level, event, pairs in outcomes
+            if LEVELS[level] >= self._lowest
             for request, why in pairs
         ]
-        lines.append(
-            {
-                "ts_ns": step.end,
-                "level": "DEBUG",
-                "stage": "step",
-                "step": plan.index,
-                "replica": step.replica,
-                "event": "committed",
-                "duration_ns": step.timing.total_ns,
-                "batch_size": len(plan.work),
-                "prefill_tokens": step.prefill_tokens,
-                "decode_tokens": step.decode_tokens,
-                "running": step.running,
-                "waiting": step.waiting,
-                "blocks_free": step.blocks_free,
-                "trace_id": trace,
-                "span_id": span_id(trace, "step", plan.index),
-            }
-        )
-        return lines
+        return "".join(self._encode(line) + "\n" for line in lines)
 
-    def _request(self, record: RequestRecord) -> list[dict[str, Any]]:
-        trace = request_trace(self._workload, record.request.id)
-        return [
-            {
-                "ts_ns": record.end,
-                "level": "WARNING" if record.outcome in ("rejected", "unfinished") else "INFO",
-                "stage": "request",
-                "request_id": record.request.id,
-                "replica": record.decision.replica,
-                "event": record.outcome,
-                "reason": record.reason,
-                "duration_ns": record.end - record.request.arrival,
-                "prompt_tokens": len(record.request.prompt),
-                "output_tokens": len(record.token_times),
-                "preemptions": record.preemptions,
-                "trace_id": trace,
-                "span_id": span_id(trace, "request", 0),
-            }
-        ]
+    def _request(self, record: RequestRecord) -> str:
+        level: Level = "WARNING" if record.outcome in ("rejected", "unfinished") else "INFO"
+        if LEVELS[level] < self._lowest:
+            return ""
+        request = record.request
+        trace = request_trace(self._workload, request.id)
+        return (
+            f'{{"ts_ns":{record.end},"level":"{level}","stage":"request","request_id":{self._encode(request.id)},'
+            f'"replica":{record.decision.replica},"event":"{record.outcome}","reason":{self._encode(record.reason)},'
+            f'"duration_ns":{record.end - request.arrival},"prompt_tokens":{len(request.prompt)},'
+            f'"output_tokens":{len(record.token_times)},"preemptions":{record.preemptions},'
+            f'"trace_id":"{trace}","span_id":"{span_id(trace, "request", 0)}"}}\n'
+        )
