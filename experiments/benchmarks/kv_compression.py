@@ -43,7 +43,7 @@ from real_engine.native import library
 TEXT = Path(__file__).parent / "texts" / "harbour.txt"
 RULES = ("streaming_llm", "knorm", "tova")
 BUDGETS = {"smollm2": (128, 256, 512), "tiny": (64, 256)}
-PROMPTS, PROMPT, OUTPUT = 4, 1024, 32
+PROMPTS, PROMPT, OUTPUT = 4, 1024, 64
 SIZE = 16
 CHUNK = 256
 
@@ -173,7 +173,7 @@ def draw(rows: list[Row], path: Path, model: str) -> None:
         for column, label in (
             ("perplexity", "perplexity (lower is better)"),
             ("tokens_per_s", f"output tokens/s, {PROMPTS} long prompts decoding"),
-            ("kv_mib", "most KV of one request, MiB"),
+            ("kv_mib", "most KV of one request, MiB (the same for every rule)"),
         )
         if column in frame and frame[column].notna().all()
     ]
@@ -190,7 +190,10 @@ def draw(rows: list[Row], path: Path, model: str) -> None:
         ax.set(xlabel="budget, tokens of KV", ylabel="", title=label)
         if column != "perplexity":
             ax.set_ylim(bottom=0)
-        ax.legend(title="", loc="best")
+        if ax is axes[0][0]:
+            ax.legend(title="", loc="best")
+        elif ax.get_legend() is not None:
+            ax.get_legend().remove()
     figure.suptitle(f"KV compression at block granularity ({SIZE} tokens), {model}")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
