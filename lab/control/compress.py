@@ -69,6 +69,10 @@ class Compression:
         count = (live.computed + live.granted - live.dropped) // size - keep.blocks
         if count < 1:
             return None
+        if any(block.refs > 1 for block in live.blocks):
+            raise PolicyError(
+                f"{self._who} can't shorten {live.view!r}, which shares KV blocks with another request"
+            )
         gone = tuple(block.id for block in live.blocks[keep.sinks : keep.sinks + count])
         return Compaction(live.request.id, gone, count * size, keep.sinks, keep.recent, self._rule)
 

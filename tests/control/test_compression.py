@@ -186,6 +186,19 @@ def test_with_the_prefix_cache_it_is_refused() -> None:
     engine(compression=Nothing())
 
 
+def test_blocks_that_another_request_holds_too_are_never_overwritten() -> None:
+    core, _ = engine(block_size=4, prefix_cache=False, compression=StreamingLlm(8, 4))
+    core.add(request("a", 8, 9), 0)
+    step(core)
+    core._requests["a"].blocks[1].refs += 1
+    for _ in range(3):
+        step(core)
+    with pytest.raises(
+        PolicyError, match="can't shorten <request 'a' .* shares KV blocks with another request"
+    ):
+        core.plan(0)
+
+
 def test_an_answer_that_is_no_kvkeep_is_refused_and_impossible_ones_cant_be_made() -> None:
     class Halves(CompressionPolicy):
         def keep(self, request: Request, block_size: int) -> KvKeep | None:

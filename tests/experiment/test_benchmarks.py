@@ -39,7 +39,7 @@ def test_the_compression_benchmark_gives_a_table_and_a_picture(tmp_path: Path) -
     rows = json.loads((tmp_path / "out" / "kv_compression.json").read_text())
     assert [row["rule"] for row in rows] == ["none", "streaming_llm", "knorm", "tova"]
     assert all(f"{row['perplexity']:.2f}" in done.stdout for row in rows)
-    # 198 tokens and 31 outputs of them, in 15 blocks; or 2 blocks and the one that fills.
-    assert [row["kv_mib"] * 1024 for row in rows] == [15 * 8, 24, 24, 24]
+    # 198 tokens and 63 that follow, in 17 blocks of 8 KiB; or 2 blocks and the one that fills.
+    assert [row["kv_mib"] * 1024 for row in rows] == [17 * 8, 24, 24, 24]
     assert rows[0]["perplexity"] not in [row["perplexity"] for row in rows[1:]]
     assert (tmp_path / "out" / "kv_compression.png").stat().st_size > 10_000
