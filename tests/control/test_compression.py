@@ -194,7 +194,7 @@ def test_blocks_that_another_request_holds_too_are_never_overwritten() -> None:
     for _ in range(3):
         step(core)
     with pytest.raises(
-        PolicyError, match="can't shorten <request 'a' .* shares KV blocks with another request"
+        PolicyError, match=r"can't shorten <request 'a' .* shares KV blocks with another request"
     ):
         core.plan(0)
 
