@@ -21,7 +21,7 @@ from lab.control.core import EngineCore
 from lab.control.executor import Executor
 from lab.control.loop import serve
 from lab.control.observer import Interval, Observer, RequestRecord, StepRecord
-from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, digest_of
+from lab.control.plan import GENESIS, RankTiming, StepPlan, StepResult, StepTiming, TokenLogprobs, digest_of
 from lab.control.request import RequestId
 from lab.errors import ExecutorError, ReplayError
 from real_engine.driver import Progress
@@ -83,6 +83,7 @@ class _PlanLog:
         self._steps, self._observer = steps, observer
         self._next = 0
         self._digest = GENESIS
+        self._ranks: tuple[RankTiming, ...] = ()
         self._timed: list[tuple[int, int]] = []
         """Of each step that was executed: when it began, and when its tokens were there."""
         self._plan = StepPlan(0, 0, (), GENESIS)
@@ -144,11 +145,14 @@ class _PlanLog:
                 if work.request in result.logprobs:
                     life.logprobs.append(result.logprobs[work.request])
         self._timed.append((plan.now, now))
+        self._ranks = result.ranks
         for record in self._ending.pop(self._next, ()):
             self._observer.on_request(self._again(record, now))
 
     def observe(self, timing: StepTiming) -> None:
-        self._observer.on_step(replace(self._steps[self._next], plan=self._plan, timing=timing))
+        self._observer.on_step(
+            replace(self._steps[self._next], plan=self._plan, timing=timing, ranks=self._ranks)
+        )
         self._next += 1
 
     # -- the end ---------------------------------------------------------------------------------------

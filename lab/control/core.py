@@ -19,7 +19,7 @@ from lab.control.estimate import StepEstimate
 from lab.control.executor import Capacity
 from lab.control.live import LiveRequest
 from lab.control.observer import Decision, Observer, Outcome, RequestRecord, StepRecord
-from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, TokenLogprobs, Work, chain
+from lab.control.plan import GENESIS, RankTiming, StepPlan, StepResult, StepTiming, TokenLogprobs, Work, chain
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits, StepBuilder
 from lab.errors import DiptychError, ExecutorError, PolicyError, RequestRefused
@@ -76,6 +76,7 @@ class _InFlight:
     evicted: int
     released_plan: int
     released_commit: int = 0
+    ranks: tuple[RankTiming, ...] = ()
 
 
 @dataclass(slots=True)
@@ -366,6 +367,7 @@ class EngineCore:
             token, finished = self._apply(live, item, tokens, plan.index, now)
             self._conclude(live, item, token, finished, result, emissions, now)
         flight.released_commit = self._count()[2]
+        flight.ranks = result.ranks
         self._committed = flight
         return tuple(emissions)
 
@@ -448,6 +450,7 @@ class EngineCore:
                 evicted=flight.evicted,
                 released_plan=flight.released_plan,
                 released_commit=flight.released_commit,
+                ranks=flight.ranks,
             )
         )
 

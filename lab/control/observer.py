@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.control.plan import StepPlan, StepTiming, TokenLogprobs
+from lab.control.plan import RankTiming, StepPlan, StepTiming, TokenLogprobs
 from lab.control.request import Request
 
 Phase = Literal["queue", "prefill", "decode"]
@@ -110,6 +110,8 @@ class StepRecord:
     released_plan: int
     released_commit: int
     """Blocks taken, evicted, and given back while planning (preemption, abort) and at commit (finish)."""
+    ranks: tuple[RankTiming, ...] = ()
+    """Each rank's share of `timing`, where several computed the step."""
 
     @property
     def start(self) -> int:

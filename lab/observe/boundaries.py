@@ -16,7 +16,8 @@ Attribute names follow OpenTelemetry's GenAI conventions where they have one and
     gateway.scale (root, one trace)           │   ├── step.prepare
                                               │   ├── step.forward
                                               │   ├── step.sample
-                                              │   └── kv.compact    KV that compression gives up
+                                              │   ├── kv.compact    KV that compression gives up
+                                              │   └── step.rank     one for each rank, if there are several
                                               └── step.commit
                                                   └── kv.release    finish
 """
@@ -256,7 +257,7 @@ DECLARED: tuple[Boundary, ...] = (
     ),
     Boundary(
         name="step.prepare",
-        parents=("step.execute",),
+        parents=("step.execute", "step.rank"),
         plane="data",
         path="request",
         emitted_at=_EXECUTOR,
@@ -265,7 +266,7 @@ DECLARED: tuple[Boundary, ...] = (
     ),
     Boundary(
         name="step.forward",
-        parents=("step.execute",),
+        parents=("step.execute", "step.rank"),
         plane="data",
         path="request",
         emitted_at=_EXECUTOR,
@@ -274,7 +275,7 @@ DECLARED: tuple[Boundary, ...] = (
     ),
     Boundary(
         name="step.sample",
-        parents=("step.execute",),
+        parents=("step.execute", "step.rank"),
         plane="data",
         path="request",
         emitted_at=_EXECUTOR,
@@ -292,6 +293,21 @@ DECLARED: tuple[Boundary, ...] = (
             ("lab.kv.requests", "int"),
             ("lab.kv.blocks", "int"),
             ("lab.kv.dropped_tokens", "int"),
+        ),
+    ),
+    Boundary(
+        name="step.rank",
+        parents=("step.execute",),
+        plane="data",
+        path="request",
+        emitted_at="real_engine/parallel/rank.py:RankExecutor.follow",
+        doc="One rank's part of the step, laid to the step's beginning: hosts' clocks aren't compared. Its phases lie "
+        "in it, but for rank 0, whose phases are the step's own. Absent when one process computes.",
+        attributes=(
+            ("lab.rank", "int"),
+            ("lab.rank.tensor", "int"),
+            ("lab.rank.pipeline", "int"),
+            ("lab.rank.communication_ns", "int"),
         ),
     ),
     Boundary(

@@ -108,6 +108,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("dropped_tokens", "int64", lambda s: s.plan.dropped_tokens),
     ("rejected", "int64", lambda s: len(s.plan.rejected)),
     ("digest", "string", lambda s: s.plan.digest),
+    ("ranks", "ranks", lambda s: [dataclasses.asdict(part) for part in s.ranks]),
 )
 
 PLANS: tuple[Column[StepRecord], ...] = (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
-from lab.control.plan import Compaction, Move, StepPlan, StepTiming, TokenLogprobs, Work
+from lab.control.plan import Compaction, Move, RankTiming, StepPlan, StepTiming, TokenLogprobs, Work
 from lab.control.request import Piece, Prompt, Request, SamplingParams, Segment
 from lab.errors import RunError
 from lab.observe.columns import FLEET, PLANS, REQUESTS, SPANS, STEPS, WORKLOAD
@@ -140,7 +140,7 @@ def read_plans(path: Path, workload: Iterable[Request]) -> list[StepPlan]:
 
 def read_steps(path: Path, plans: Sequence[StepPlan]) -> list[StepRecord]:
     """What `write_steps` wrote; `plans` are the same steps in the same order."""
-    same = [item.name for item in fields(StepRecord) if item.name not in ("plan", "timing")]
+    same = [item.name for item in fields(StepRecord) if item.name not in ("plan", "timing", "ranks")]
     phases = [item.name for item in fields(StepTiming)]
     rows = read(path, STEPS)
     if len(rows) != len(plans):
@@ -149,6 +149,7 @@ def read_steps(path: Path, plans: Sequence[StepPlan]) -> list[StepRecord]:
         StepRecord(
             plan=plan,
             timing=StepTiming(**{phase: row[phase] for phase in phases}),
+            ranks=tuple(RankTiming(**part) for part in row["ranks"]),
             **{name: row[name] for name in same},
         )
         for row, plan in zip(rows, plans, strict=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from importlib.abc import MetaPathFinder
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from lab.control.plan import RankTiming
 from lab.errors import RunError
 from lab.observe.boundaries import SCHEMA_VERSION
 
@@ -47,6 +49,8 @@ def _arrow(kind: str) -> Any:
         counts = [(name, pa.int64()) for name in ("tokens", "sinks", "recent")]
         blocks = [("blocks", pa.list_(pa.int32())), *counts]
         return pa.list_(pa.struct([("request", pa.string()), *blocks, ("rule", pa.string())]))
+    if kind == "ranks":
+        return pa.list_(pa.struct([(field.name, pa.int64()) for field in fields(RankTiming)]))
     if kind == "logprobs":
         top = pa.list_(pa.struct([("token", pa.int32()), ("logprob", pa.float64())]))
         return pa.list_(pa.struct([("chosen", pa.float64()), ("top", top)]))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lab.control.observer import FleetEvent, RequestRecord, StepRecord
-from lab.control.plan import Work
+from lab.control.plan import RankTiming, Work
 from lab.control.request import Request
 from lab.observe.boundaries import BOUNDARIES, EPOCH_NS, LINK, Boundary, Value
 from lab.observe.identity import SERVICE, RunInfo, gateway_trace, replica_trace, request_trace, span_id
@@ -203,11 +203,30 @@ def step_spans(
         blocks = sum(len(item.blocks) for item in plan.compactions)
         lost = (len(plan.compactions), blocks, plan.dropped_tokens)
         yield _row(_COMPACT, trace, index, row.span_id, sampled, executed, *lost)
+    for part in step.ranks:
+        yield from _rank_spans(_row, part, step, trace, row.span_id, planned, executed)
 
     row = _row(_COMMIT, trace, index, root.span_id, executed, step.end)
     yield row
     if step.released_commit:
         yield _row(_RELEASE, trace, 2 * index + 1, row.span_id, step.end, step.end, step.released_commit)
+
+
+def _rank_spans(
+    _row: Any, part: RankTiming, step: StepRecord, trace: str, parent: str, start: int, end: int
+) -> Iterator[Any]:
+    """What one rank did between `start` and `end`; only rounding of clocks could make it longer."""
+    ordinal = step.plan.index + (part.rank << 40)
+    cuts = [start]
+    for phase in (part.transfer_ns, part.prepare_ns, part.forward_ns, part.sample_ns, part.compact_ns):
+        cuts.append(min(cuts[-1] + phase, end))
+    about = (part.rank, part.tensor, part.pipeline, part.communication_ns)
+    row = _row(_RANK, trace, ordinal, parent, start, cuts[-1], *about)
+    yield row
+    if part.rank:
+        yield _row(_PREPARE, trace, ordinal, row.span_id, cuts[1], cuts[2])
+        yield _row(_FORWARD, trace, ordinal, row.span_id, cuts[2], cuts[3], step.plan.tokens)
+        yield _row(_SAMPLE, trace, ordinal, row.span_id, cuts[3], cuts[4], step.plan.samples)
 
 
 def phase_of(work: Work, prompt_tokens: int) -> str:
@@ -313,4 +332,5 @@ _PHASES = {phase: BOUNDARIES[f"request.{phase}"] for phase in ("queue", "prefill
 _STEP, _PLAN, _EXECUTE, _COMMIT = (BOUNDARIES[f"step{part}"] for part in ("", ".plan", ".execute", ".commit"))
 _PREPARE, _FORWARD, _SAMPLE = (BOUNDARIES[f"step.{part}"] for part in ("prepare", "forward", "sample"))
 _ALLOCATE, _EVICT, _RELEASE = (BOUNDARIES[f"kv.{part}"] for part in ("allocate", "evict", "release"))
+_RANK = BOUNDARIES["step.rank"]
 _TRANSFER, _COMPACT, _SCALE = (BOUNDARIES[name] for name in ("kv.transfer", "kv.compact", "gateway.scale"))

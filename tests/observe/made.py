@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
-from lab.control.plan import GENESIS, Compaction, Move, StepPlan, StepTiming, Work, chain
+from lab.control.plan import GENESIS, Compaction, Move, RankTiming, StepPlan, StepTiming, Work, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.recorder import Recorder
@@ -183,6 +183,10 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             timing = replace(timing, transfer_ns=rng.randrange(60))
         if compactions:
             timing = replace(timing, compact_ns=rng.randrange(60))
+        ranks: tuple[RankTiming, ...] = ()
+        if index % 3 == 1:
+            spent = (timing.prepare_ns, timing.forward_ns, timing.sample_ns // 2)
+            ranks = (RankTiming(0), RankTiming(1, 1, 0, *spent, communication_ns=timing.forward_ns // 2))
         digest = chain(
             digest, index, work, preempted, rejected, moves["out"], moves["in"], compactions=compactions
         )
@@ -236,6 +240,7 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
                 ),
                 decode_tokens=sum(decodes),
                 context_tokens=sum(item.context for item in work),
+                ranks=ranks,
                 **numbers,
             )
         )

@@ -67,10 +67,15 @@ def test_phases_tile_a_request_and_a_step_without_gap_or_overlap(recorder: Recor
 @given(runs())
 def test_spans_last_as_long_as_what_they_show(recorder: Recorder) -> None:
     lasted = defaultdict(list)
-    for row in rows_of(recorder):
+    rows = rows_of(recorder)
+    ranks = {(row.trace_id, row.span_id) for row in rows if row.name == "step.rank"}
+    for row in rows:
+        if (row.trace_id, row.parent_span_id or "") in ranks:
+            continue  # of another rank
         lasted[row.name].append(row.end_time_unix_nano - row.start_time_unix_nano)
     for name in ("plan", "prepare", "forward", "sample", "commit"):
         assert lasted[f"step.{name}"] == [getattr(step.timing, f"{name}_ns") for step in recorder.steps]
+    assert len(ranks) == sum(len(step.ranks) for step in recorder.steps)
     assert lasted["step"] == [step.timing.total_ns for step in recorder.steps]
     for phase in ("queue", "prefill", "decode"):
         told = (part for record in by_entry(recorder.requests) for part in record.intervals)
