@@ -88,10 +88,10 @@ class Decoder:
             self._head = Linear(shard.head(head))
         del self._weights
 
-    def use(self, kernels: Kernels) -> None:
+    def use(self, kernels: Kernels, *, int8: bool = False) -> None:
         """Compute with our own CPU kernels, as far as they go: single operations, products, or all layers in one call.
 
-        Made under `torch.inference_mode`.
+        `int8` multiplies in 8 bits wherever a weight suits, but for the head. Made under `torch.inference_mode`.
         """
         c = self.config
         if any(width % LANES for width in c.widths):
@@ -103,7 +103,7 @@ class Decoder:
         for layer in self._layers:
             mlp = layer.mlp
             for linear in (layer.qkv, layer.output, *mlp.products):
-                linear.use(kernels)
+                linear.use(kernels, int8=int8)
             if isinstance(mlp, Gated):
                 norms, products = (
                     (layer.attention_norm, layer.mlp_norm),

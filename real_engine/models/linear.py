@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from real_engine.native.library import Kernels, pack
+from real_engine.native.library import Kernels, Packed, pack
 
 
 def packed_available() -> bool:
@@ -34,18 +34,22 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
-        self.native: Tensor | None = None
+        self.native: Packed | None = None
         """The weight as our own kernels want it, where they compute this product."""
         self._product: Callable[[Tensor, torch.dtype], Tensor] | None = None
 
-    def use(self, kernels: Kernels) -> bool:
+    def use(self, kernels: Kernels, *, int8: bool = False) -> bool:
         """Compute with `kernels` from now on; False, and nothing changes, if the weight doesn't suit them."""
-        packed = pack(self.weight) if kernels.has_products else None
+        packed = pack(self.weight, int8=int8) if kernels.has_products else None
         if packed is None:
             return False
         self.native, self.weight = packed, self.weight[:0]
         self._product = lambda x, dtype: kernels.product(x, packed, self.bias, dtype)
         return True
+
+    @property
+    def quantized(self) -> bool:
+        return self.native is not None and self.native.scale is not None
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`dtype`: of the result, where it is not `x`'s."""

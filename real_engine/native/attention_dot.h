@@ -170,8 +170,9 @@ void attend_dot(const Paged<bf16> &a, const Task &task, const Task *soon) {
             pack_keys(a.keys + shift, here, dim, key);
             pack_values(a.values + shift, here, dim, value);
             for (int p = 0; p < SPAN / PANEL; p++) {
-                const bf16 *const panel[1] = {key + p * PANEL * dim};
-                all_rows<1>(rows, query + int64_t(h) * rows * dim, dim, panel, dim, near, [&](int r, const vec *c) {
+                const char *const panel[1] = {(const char *)(key + p * PANEL * dim)};
+                const char *q = (const char *)(query + int64_t(h) * rows * dim);
+                all_rows<Bf16, 1>(rows, q, dim * sizeof(bf16), panel, dim / 2, near, [&](int r, const vec *c) {
                     store(score + r * SPAN + p * PANEL, c[0]);
                     store(score + r * SPAN + p * PANEL + W, c[1]);
                 });
@@ -187,8 +188,9 @@ void attend_dot(const Paged<bf16> &a, const Task &task, const Task *soon) {
                 }
             }
             for (int d = 0; d < dim; d += PANEL) {
-                const bf16 *const panel[1] = {value + d * SPAN};
-                all_rows<1>(rows, weight, SPAN, panel, SPAN, near, [&](int r, const vec *c) {
+                const char *const panel[1] = {(const char *)(value + d * SPAN)};
+                const char *weights = (const char *)weight;
+                all_rows<Bf16, 1>(rows, weights, SPAN * sizeof(bf16), panel, SPAN / 2, near, [&](int r, const vec *c) {
                     float *to = acc + (int64_t(h) * rows + r) * dim + d;
                     store(to, load(to) * shrink[r] + c[0]);
                     store(to + W, load(to + W) * shrink[r] + c[1]);

@@ -46,23 +46,35 @@ KERNELS(bf16, bf16)
 #ifdef HAS_DOT
 EXPORT int has_products() { return 1; }
 
-// x [rows, inputs] times a packed weight, plus a bias where there is one, into bf16 or float rows.
-EXPORT void product_to_bf16(const void *x, int rows, int inputs, const void *packed, int outputs, const void *bias,
-                            void *out, int threads) {
+// x [rows, inputs], bfloat16, times a packed weight, plus a bias where there is one, into bf16 or float rows. With `bytes`
+// [rows, inputs] and `scales` [rows] as room, the product is one of 8 bits.
+template <typename Store>
+static void product_of(const void *x, int rows, int inputs, const void *weight, int outputs, const void *bias, void *bytes,
+                       void *scales, int threads, const Store &put) {
 #pragma omp parallel num_threads(threads)
-    product((const bf16 *)x, rows, inputs, (const bf16 *)packed, outputs, [&](int row, int column, vec sums) {
-        if (bias) sums += load((const bf16 *)bias + column);
-        store_rounded((bf16 *)out + int64_t(row) * outputs + column, sums);
-    });
+    {
+        Operand operand = {x, nullptr};
+        if (bytes) {
+            quantize((const bf16 *)x, rows, inputs, (uint8_t *)bytes, (float *)scales);
+            operand = {bytes, (float *)scales};
+        }
+        product(operand, rows, inputs, *(const Weight *)weight, outputs, [&](int row, int column, vec sums) {
+            if (bias) sums += load((const bf16 *)bias + column);
+            put(int64_t(row) * outputs + column, sums);
+        });
+    }
 }
 
-EXPORT void product_to_f32(const void *x, int rows, int inputs, const void *packed, int outputs, const void *bias,
-                           void *out, int threads) {
-#pragma omp parallel num_threads(threads)
-    product((const bf16 *)x, rows, inputs, (const bf16 *)packed, outputs, [&](int row, int column, vec sums) {
-        if (bias) sums += load((const bf16 *)bias + column);
-        store((float *)out + int64_t(row) * outputs + column, sums);
-    });
+EXPORT void product_to_bf16(const void *x, int rows, int inputs, const void *weight, int outputs, const void *bias,
+                            void *bytes, void *scales, void *out, int threads) {
+    product_of(x, rows, inputs, weight, outputs, bias, bytes, scales, threads,
+               [&](int64_t at, vec sums) { store_rounded((bf16 *)out + at, sums); });
+}
+
+EXPORT void product_to_f32(const void *x, int rows, int inputs, const void *weight, int outputs, const void *bias,
+                           void *bytes, void *scales, void *out, int threads) {
+    product_of(x, rows, inputs, weight, outputs, bias, bytes, scales, threads,
+               [&](int64_t at, vec sums) { store((float *)out + at, sums); });
 }
 
 EXPORT void stack_bf16(const void *model, const void *step, int threads) {

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,11 +67,11 @@ class Kernels:
                 function.argtypes, function.restype = arguments, None
                 self._functions[name, dtype] = function
         self.has_products = bool(library.has_products())
-        """Whether this processor multiplies bfloat16 itself, so that there are `product` and `stack`."""
+        """Whether this processor has dot products of bfloat16 and of 8 bits, which `product` and `stack` need."""
         if self.has_products:
             self._products = {torch.bfloat16: library.product_to_bf16, torch.float32: library.product_to_f32}
             for function in self._products.values():
-                function.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER, _INT]
+                function.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, *[_POINTER] * 4, _INT]
                 function.restype = None
             self.stack = library.stack_bf16
             self.stack.argtypes, self.stack.restype = [_POINTER, _POINTER, _INT], None
@@ -132,15 +133,19 @@ class Kernels:
         function(*pointers, out.data_ptr(), *x.shape, eps, torch.get_num_threads())
         return out
 
-    def product(self, x: Tensor, packed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`x` `[rows, inputs]` times a weight that `pack` has packed, plus `bias`, as bfloat16 or float32 rows."""
+    def product(self, x: Tensor, weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """bfloat16 `x` `[rows, inputs]` times a packed weight, plus `bias`, as bfloat16 or float32 rows. With a weight
+        of 8 bits, so is `x` for the product, with a scale for each row (dynamic quantisation)."""
         assert x.is_contiguous()
         rows, inputs = x.shape
-        outputs = packed.numel() // inputs
+        outputs = weight.panels.numel() // inputs
         out = torch.empty((rows, outputs), dtype=dtype)
-        added = bias.data_ptr() if bias is not None else None
-        pointers = (added, out.data_ptr(), torch.get_num_threads())
-        self._products[dtype](x.data_ptr(), rows, inputs, packed.data_ptr(), outputs, *pointers)
+        room: tuple[Tensor | None, ...] = (None, None)
+        if weight.scale is not None:
+            room = (torch.empty((rows, inputs), dtype=torch.uint8), torch.empty(rows))
+        more = [None if tensor is None else tensor.data_ptr() for tensor in (bias, *room, out)]
+        struct = ctypes.byref(weight.struct)
+        self._products[dtype](x.data_ptr(), rows, inputs, struct, outputs, *more, torch.get_num_threads())
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -152,12 +157,41 @@ class Kernels:
         return out
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """A bfloat16 weight `[outputs, inputs]` in the order that product.h reads; None if its shape doesn't suit."""
+class WeightStruct(ctypes.Structure):
+    """`Weight` of product.h."""
+
+    _fields_ = (("panels", _POINTER), ("scale", _POINTER), ("shift", _POINTER))
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight `[outputs, inputs]` in the order that product.h reads: bfloat16; or 8 bits, symmetric, with for each
+    output a float32 `scale` and an int32 `shift`: 128 times its sum, since rows of 8 bits are stored plus 128."""
+
+    panels: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def struct(self) -> WeightStruct:
+        parts = (self.panels, self.scale, self.shift)
+        return WeightStruct(*(None if part is None else part.data_ptr() for part in parts))
+
+
+def pack(weight: Tensor, *, int8: bool = False) -> Packed | None:
+    """A bfloat16 weight `[outputs, inputs]`, packed; None if its shape or type doesn't suit."""
     outputs, inputs = weight.shape
-    if weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % 2:
+    group = 4 if int8 else 2
+    if weight.dtype != torch.bfloat16 or outputs % PANEL or inputs % group or (int8 and inputs % LANES):
         return None
-    return pages.moved(weight.view(outputs // PANEL, PANEL, inputs // 2, 2).transpose(1, 2))
+    scale = shift = None
+    if int8:
+        exact = weight.float()
+        scale = exact.abs().amax(1).clamp_min_(1e-30) / 127
+        weight = (exact / scale[:, None]).round_().to(torch.int8)
+        shift = 128 * weight.sum(1, dtype=torch.int32)
+    panels = weight.view(outputs // PANEL, PANEL, inputs // group, group).transpose(1, 2)
+    return Packed(pages.moved(panels), scale, shift)
 
 
 def load(cache: Path, notify: Callable[[str], None] = lambda text: None) -> Kernels | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from real_engine.models.config import AttentionRule, DecoderConfig
 from real_engine.models.linear import Linear
 from real_engine.models.rope import RopeTable
-from real_engine.native.library import PANEL, Kernels
+from real_engine.native.library import PANEL, Kernels, WeightStruct
 
 if TYPE_CHECKING:
     from real_engine.attention.native_cpu import NativePrepared
@@ -34,7 +34,9 @@ def _fields(
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *_fields(_POINTER, "attention_norm qkv qkv_bias output mlp_norm gate_up down keys values"),
+        *_fields(_POINTER, "attention_norm mlp_norm qkv_bias"),
+        *((name, WeightStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *_fields(_POINTER, "keys values"),
         *_fields(_INT, "window"),
         *_fields(_FLOAT, "scale"),
     )
@@ -51,7 +53,9 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *_fields(_POINTER, "x normed qkv attended activated positions slots starts lengths table"),
+        *_fields(
+            _POINTER, "x normed qkv attended activated bytes scales positions slots starts lengths table"
+        ),
         *_fields(ctypes.c_int64, "table_stride"),
         *_fields(_INT, "tokens sequences"),
     )
@@ -71,7 +75,8 @@ class StackLayer:
         """Whether our own kernels compute all of it; only the first product may have a bias."""
         plain = all(product.bias is None for product in self.products[1:])
         native = all(product.native is not None for product in self.products)
-        return plain and native and not self.rule.needs - {"window"}
+        alike = len({product.quantized for product in self.products}) == 1
+        return plain and native and alike and not self.rule.needs - {"window"}
 
 
 class Stack:
@@ -86,7 +91,7 @@ class Stack:
         self._memory: KvMemory | None = None
         self._model = _Model()
         self._rows = 0
-        self._room: tuple[Tensor, ...] = ()
+        self._room: tuple[Tensor | None, ...] = ()
 
     def forward(self, x: Tensor, attention: NativePrepared) -> Tensor:
         """The residual stream `[tokens, hidden]` after the last layer, in place of `x`; keys and values are stored."""
@@ -95,7 +100,7 @@ class Stack:
         if len(x) > self._rows:
             self._make_room(len(x))
         arrays = (attention.positions, attention.slots, attention.starts, attention.lengths, attention.table)
-        addresses = (t.data_ptr() for t in (x, *self._room, *arrays))
+        addresses = (None if t is None else t.data_ptr() for t in (x, *self._room, *arrays))
         step = _Step(*addresses, attention.table.stride(0), len(x), len(attention.lengths))
         self._kernels.stack(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
         return x
@@ -105,11 +110,11 @@ class Stack:
         c = self._config
         layers = (_Layer * c.layers)()
         for number, layer in enumerate(self._layers):
-            first, second = (norm.data_ptr() for norm in layer.norms)
-            qkv, output, gate_up, down = (p.native.data_ptr() for p in layer.products if p.native is not None)
             bias = layer.products[0].bias
             added = bias.data_ptr() if bias is not None else None
-            weights = (first, qkv, added, output, second, gate_up, down)
+            norms = (norm.data_ptr() for norm in layer.norms)
+            products = (product.native.struct for product in layer.products if product.native is not None)
+            weights = (*norms, added, *products)
             cache = (memory.keys[number].data_ptr(), memory.values[number].data_ptr())
             rule = layer.rule
             scale = rule.scale or 1 / math.sqrt(c.head_dim)
@@ -123,5 +128,9 @@ class Stack:
         c = self._config
         wide = (c.heads + 2 * c.kv_heads) * c.head_dim
         widths = (c.hidden_size, wide, c.heads * c.head_dim, c.intermediate_size)
-        self._room = tuple(torch.empty((rows, width), dtype=torch.bfloat16) for width in widths)
+        room: list[Tensor | None] = [torch.empty((rows, width), dtype=torch.bfloat16) for width in widths]
+        quantized = any(product.quantized for layer in self._layers for product in layer.products)
+        room.append(torch.empty((rows, max(widths)), dtype=torch.uint8) if quantized else None)
+        room.append(torch.empty(rows) if quantized else None)
+        self._room = tuple(room)
         self._rows = rows

@@ -180,6 +180,32 @@ def test_a_packed_product_is_the_product(
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=1e-4)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 40), groups=st.integers(1, 12), panels=st.integers(1, 4), seed=st.integers(0, 2**31)
+)
+def test_a_product_of_8_bits_is_that_of_the_rounded_numbers(
+    kernels: Kernels, rows: int, groups: int, panels: int, seed: int
+) -> None:
+    if not kernels.has_products:
+        pytest.skip("this processor doesn't multiply 8 bits itself")
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (
+        torch.randn((n, 16 * groups), generator=generator).to(torch.bfloat16) for n in (rows, 32 * panels)
+    )
+    packed = library.pack(weight, int8=True)
+    assert packed is not None
+    got = kernels.product(x, packed, None, torch.float32)
+
+    exact, top = x.float(), x.float().abs().amax(1, keepdim=True)
+    rows8 = (exact * (torch.full_like(top, 127) / top)).round().double() * (top / 127)
+    exact, top = weight.float(), weight.float().abs().amax(1, keepdim=True)
+    weight8 = (exact / (top / 127)).round().double() * (top / 127)
+    torch.testing.assert_close(got.double(), rows8 @ weight8.T, rtol=1e-4, atol=1e-4)
+    error = (got.double() - x.double() @ weight.double().T).abs().max().item()
+    assert error < 0.02 * (16 * groups) ** 0.5 * 3
+
+
 def test_weights_whose_shape_does_not_suit_are_not_packed() -> None:
     assert library.pack(torch.zeros(33, 8, dtype=torch.bfloat16)) is None
     assert library.pack(torch.zeros(32, 7, dtype=torch.bfloat16)) is None
