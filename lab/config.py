@@ -51,6 +51,9 @@ class ModelConfig:
 
     name: str = "smollm2"
     dtype: str = option("bfloat16", "bfloat16 or float32")
+    quantization: str = option(
+        "none", "real engine on CPU: int8 multiplies in 8 bits, rows scaled as they come"
+    )
 
 
 @dataclass
@@ -266,6 +269,7 @@ DTYPES = ("bfloat16", "float32")
 OUTPUT_LENGTHS = ("forced", "stop")
 RECORD = ("everything", "steps", "requests")
 """`run.record`: all there is, and then less."""
+QUANTIZATION = ("none", "int8")
 ATTENTION = ("auto", "native", "flash", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 MOST_BLOCKS = (1 << 31) - 1
@@ -364,6 +368,14 @@ def validate(cfg: Config) -> None:
         raise ConfigError(
             f"run.record={cfg.run.record} leaves out what a comparison, a report or an export needs; expected "
             "backend=sim, and neither run.report nor export."
+        )
+    _one_of("model.quantization", cfg.model.quantization, QUANTIZATION)
+    if cfg.model.quantization != "none" and (
+        cfg.model.dtype != "bfloat16" or cfg.engine.attention == "torch"
+    ):
+        raise ConfigError(
+            f"model.quantization={cfg.model.quantization} is part of the CPU kernels; expected model.dtype=bfloat16 "
+            "and engine.attention=auto or native."
         )
     _one_of("engine.attention", cfg.engine.attention, ATTENTION)
     _one_of("engine.device", cfg.engine.device, DEVICES)

@@ -144,8 +144,11 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
     from real_engine.models.decoder import Decoder
     from real_engine.native import library
 
+    int8 = cfg.model.quantization == "int8"
     if cfg.engine.attention == "torch":
         return TorchAttention()
+    if int8 and model.decoder.device.type != "cpu":
+        raise ModelError(f"model.quantization=int8 needs engine.device=cpu; this is '{model.decoder.device}'")
     if model.decoder.device.type != "cpu" or cfg.engine.attention == "flash":
         return cuda.attention(cfg, model, console)
     shape = KvShape.of(model.config, model.dtype, cfg.kv.block_size)
@@ -156,16 +159,21 @@ def _attention(cfg: Config, model: LoadedModel, console: Console) -> AttentionBa
         why = f"its head size is {shape.head_dim}; expected a multiple of {library.LANES}"
     rules = () if why else model.config.attention or (PLAIN,)
     kernels = library.load(cache_dir(cfg, os.environ), console.say)
-    if kernels is not None and agrees(kernels, shape, model.config.heads, rules):
+    agreed = kernels is not None and agrees(kernels, shape, model.config.heads, rules)
+    if kernels is not None and agreed:
         if isinstance(model.decoder, Decoder):
             with torch.inference_mode():
-                model.decoder.use(kernels)
-        if not why:
-            return NativeAttention(kernels)
-        console.say(f"Attention of '{cfg.model.name}' runs on plain torch: {why}.")
+                model.decoder.use(kernels, int8=int8)
     elif kernels is not None:
         why = "on this processor they don't agree with plain torch"
         console.say(f"The CPU kernels aren't used: {why}.")
+    if int8 and not model.quantized:
+        lacks = "this processor, or this model's shape, has no products of 8 bits"
+        raise ModelError(f"model.quantization=int8 can't run '{cfg.model.name}' here: {lacks}")
+    if kernels is not None and agreed:
+        if not why:
+            return NativeAttention(kernels)
+        console.say(f"Attention of '{cfg.model.name}' runs on plain torch: {why}.")
     why = why or "see above"
     if cfg.engine.attention == "native":
         raise ModelError(f"engine.attention=native can't run '{cfg.model.name}' here: {why}")

@@ -24,7 +24,6 @@ from real_engine.compression import Compressor, Queries
 from real_engine.graphs import DecodeGraphs, GraphDevice
 from real_engine.kv_memory import KvMemory, KvShape
 from real_engine.models.decoder import Decoder
-from real_engine.models.linear import packed_available
 from real_engine.models.loading import LoadedModel
 from real_engine.sampler import sample
 from real_engine.sequences import Sequences
@@ -113,7 +112,8 @@ class TorchExecutor:
     @property
     def about(self) -> Mapping[str, object]:
         """What a run's manifest should say of this data plane: results compare only where these are equal."""
-        own = isinstance(self._model.decoder, Decoder)
+        decoder = self._model.decoder
+        own = isinstance(decoder, Decoder)
         return {
             "model": self._model.spec.name,
             "dtype": self._model.spec.dtype,
@@ -121,9 +121,7 @@ class TorchExecutor:
             "attention": self._attention.name,
             "graphs": 0 if self._graphs is None else len(self._graphs.sizes),
             "forward": "own" if own else "transformers",
-            "linear": "onednn-packed"
-            if own and packed_available() and self._device.type == "cpu"
-            else "torch",
+            "linear": decoder.products if isinstance(decoder, Decoder) else "torch",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "kv_bytes": self._memory.nbytes,

@@ -144,6 +144,7 @@ def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
         "dtype": cfg.model.dtype,
         "threads": cfg.engine.threads,
         "attention": cfg.engine.attention,
+        **({"quantization": cfg.model.quantization} if cfg.model.quantization != "none" else {}),
         "engine": [cfg.engine.token_budget, cfg.engine.max_seqs],
         "kv": [cfg.kv.block_size],
     }

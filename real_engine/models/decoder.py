@@ -18,7 +18,7 @@ from real_engine.attention.native_cpu import NativePrepared
 from real_engine.device import upload
 from real_engine.models.config import AttentionRule, DecoderConfig
 from real_engine.models.feed_forward import Gated, Mixture
-from real_engine.models.linear import Linear
+from real_engine.models.linear import Linear, packed_available
 from real_engine.models.ops import Ops, TorchOps
 from real_engine.models.rope import RopeTable
 from real_engine.models.shard import ALONE, Shard
@@ -120,6 +120,20 @@ class Decoder:
             and all(layer.suits for layer in stack)
         ):
             self._stack = Stack(kernels, c, stack, self._rope)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products are computed in 8 bits."""
+        return any(layer.qkv.quantized for layer in self._layers)
+
+    @property
+    def products(self) -> str:
+        """How matrix products are computed, as a run's manifest should name it."""
+        if self.quantized:
+            return "native-int8"
+        if self._layers[0].qkv.native is not None:
+            return "native"
+        return "onednn-packed" if packed_available() and self.device.type == "cpu" else "torch"
 
     @property
     def fused(self) -> bool:

@@ -44,6 +44,11 @@ class LoadedModel:
         return self.decoder.config
 
     @property
+    def quantized(self) -> bool:
+        """Whether products are computed in 8 bits."""
+        return isinstance(self.decoder, Decoder) and self.decoder.quantized
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.decoder.dtype
 

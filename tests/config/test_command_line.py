@@ -177,6 +177,8 @@ def test_help_shows_every_choice_with_a_line_about_it_and_every_option(command: 
         (["trace=poisson", "trace.prompt.men=3"], ["did you mean 'trace.prompt.mean'?"]),
         (["model=smolm2"], ["unknown model", "did you mean 'smollm2'?"]),
         (["model.dtype=float"], ["did you mean 'float32'?"]),
+        (["model.quantization=int9"], ["did you mean 'int8'?"]),
+        (["model.quantization=int8", "model.dtype=float32"], ["expected model.dtype=bfloat16"]),
         (["backend=rel"], ["did you mean 'real'?"]),
         (["kv.blocks=0"], ["kv.blocks is 0; expected at least 1"]),
         (["kv.blocks=many"], ["kv.blocks=many", "Integer"]),
