@@ -48,6 +48,8 @@ class Side:
     otlp_file: bool = False
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Where the workload comes from."""
+    identity: str | None = None
+    """What names the workload in place of its content, where requests are made as they are needed."""
     record: str = "everything"
     """How much is kept of the run (`lab.config.RECORD`)."""
 
@@ -64,7 +66,7 @@ class Ran:
 def run_side(side: Side, path: Path, console: Console | None) -> Ran:
     """Run to the end and write everything. Whatever ends it early, what was recorded is written first."""
     backend = side.backend
-    workload = workload_id(side.requests)
+    workload = side.identity or workload_id(side.requests)
     info = RunInfo(
         backend=backend.name,
         clock=backend.clock,
