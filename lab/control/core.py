@@ -75,6 +75,7 @@ class _InFlight:
     allocated: int
     evicted: int
     released_plan: int
+    samples: int
     released_commit: int = 0
     ranks: tuple[RankTiming, ...] = ()
 
@@ -337,7 +338,7 @@ class EngineCore:
         flight = self._in_flight
         if flight is None or flight.plan is not plan:
             raise RuntimeError(f"commit() of step {plan.index}, which is not the plan in flight")
-        wanted = plan.samples
+        wanted = flight.samples
         if len(result.tokens) != wanted:
             raise ExecutorError(
                 f"step {plan.index}: the data plane returned {len(result.tokens)} tokens for {wanted} sampling requests"
@@ -345,8 +346,9 @@ class EngineCore:
         self._in_flight = None
         self.estimate.saw(flight.prefill_tokens, flight.decode_tokens, flight.context_tokens, now - plan.now)
         load = self._load
-        load.to_compute += wanted - plan.tokens
-        load.context += plan.tokens
+        computed = flight.prefill_tokens + flight.decode_tokens
+        load.to_compute += wanted - computed
+        load.context += computed
         tokens = iter(result.tokens)
         emissions: list[Emission] = []
         if plan.compactions:
@@ -354,7 +356,7 @@ class EngineCore:
         if plan.decodes.seqs:
             self._advance(plan, now)
             tokens = iter(result.tokens[plan.decodes.seqs :])
-        work = list(zip(flight.work, plan.items, strict=True))
+        work = list(zip(flight.work, plan.items, strict=True)) if flight.work else []
         if flight.together:
             # All of them have their token before any of them ends, as where they are kept as sums.
             received = [
@@ -505,8 +507,8 @@ class EngineCore:
     # -- inside --------------------------------------------------------------------------------------
 
     def _freeze(self, step: StepBuilder) -> StepPlan:
-        preempted = tuple((live.request.id, how) for live, how in step.preempted)
-        rejected = tuple((live.request.id, reason) for live, reason in step.rejected)
+        preempted = tuple([(live.request.id, how) for live, how in step.preempted])
+        rejected = tuple([(live.request.id, reason) for live, reason in step.rejected])
         work = tuple(step.work)
         moves = (tuple(step.swap_out), tuple(step.swap_in))
         compactions = tuple(step.compactions)
@@ -519,7 +521,7 @@ class EngineCore:
             listed = WorkList(work, decoding.seqs, lambda: self._decodes.listing(decoding))
             if self._observer.wants_work and self._observer.wants_steps:
                 listed.listed()
-        new = tuple(live.request for live in step.admitted if not live.seen)
+        new = tuple([live.request for live in step.admitted if not live.seen])
         for live in step.admitted:
             if not live.seen and self._on_admitted is not None:
                 self._on_admitted(live.request.id)
@@ -530,7 +532,7 @@ class EngineCore:
             work=listed,
             digest=self._digest,
             new=new,
-            admitted=tuple(live.request.id for live in step.admitted),
+            admitted=tuple([live.request.id for live in step.admitted]),
             preempted=preempted,
             rejected=rejected,
             swap_out=moves[0],
@@ -546,7 +548,9 @@ class EngineCore:
     def _describe(self, plan: StepPlan, step: StepBuilder) -> _InFlight:
         granted = step.granted
         prefill, decode, context = 0, plan.decodes.seqs, plan.decodes.context
+        samples = decode
         for live, work in zip(granted, plan.items, strict=True):
+            samples += work.samples
             context += work.context
             if work.start >= live.prompt_tokens and work.tokens == 1:
                 decode += 1
@@ -555,7 +559,7 @@ class EngineCore:
         allocated, evicted, released = self._count()
         return _InFlight(
             plan, granted, len(step.together), len(self._running), len(self._waiting), prefill, decode, context,
-            self.pool.free, self.pool.cached, allocated, evicted, released,
+            self.pool.free, self.pool.cached, allocated, evicted, released, samples,
         )  # fmt: skip
 
     def _count(self) -> tuple[int, int, int]:
@@ -606,6 +610,7 @@ class EngineCore:
             self._predicting(self._predictor.on_finish, live.request, len(live.output), now)
         if self.on_ended is not None:
             self.on_ended(record, now)
+        del live.view  # whoever has it may keep it; but a circle would wait for the cycle collector
 
     def _predict(self, request: Request, now: int) -> int:
         if self._predictor is None:

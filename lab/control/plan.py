@@ -128,12 +128,12 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        return self.decodes.seqs + sum(work.tokens for work in self.items)
+        return self.decodes.seqs + sum([work.tokens for work in self.items])
 
     @property
     def samples(self) -> int:
         """Tokens that the step yields."""
-        return self.decodes.seqs + sum(work.samples for work in self.items)
+        return self.decodes.seqs + sum([work.samples for work in self.items])
 
     @property
     def moved_blocks(self) -> int:

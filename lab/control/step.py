@@ -208,7 +208,7 @@ class StepBuilder:
         hits: list[Block] = []
         computed, held = live.computed, len(live.blocks)
         if live.status == "waiting":
-            if any(live is gone for gone, _ in self.preempted):
+            if self.preempted and any(live is gone for gone, _ in self.preempted):
                 self._misuse("run", live, "it was preempted in this very step")
             if self.slots_left < 1:
                 return Grant(0, Shortage.SLOTS)
@@ -243,7 +243,7 @@ class StepBuilder:
         self.tokens_left -= granted
         live.granted = granted
         self.granted.append(live)
-        added = tuple(block.id for block in live.blocks[before:])
+        added = tuple([block.id for block in live.blocks[before:]])
         self.work.append(Work(live.request.id, computed, granted, live.samples_after, added, live.dropped))
         if live.keep is not None and (surplus := self._compression.surplus(live)) is not None:
             self.compactions.append(surplus)
@@ -410,7 +410,7 @@ class StepBuilder:
     def _cost(self, held: int, tokens: int, hits: list[Block]) -> int:
         """Blocks that leave `available` when a table of `held` blocks grows to hold `tokens` tokens."""
         fresh = -(-tokens // self._pool.block_size) - held
-        return max(fresh, 0) + sum(block.refs == 0 for block in hits)
+        return max(fresh, 0) + (sum([block.refs == 0 for block in hits]) if hits else 0)
 
     def _find(self, request: RequestView | RequestId, call: str) -> LiveRequest:
         name = request if isinstance(request, str) else request.id

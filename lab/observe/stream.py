@@ -22,7 +22,7 @@ from lab.observe.packed import packed
 from lab.observe.parquet import Column, Table, write
 from lab.observe.spans import fleet_spans, request_spans, step_spans
 
-BUFFER = 2048
+BUFFER = 1024
 """Records that wait to be written together."""
 
 _LEFT_OUT = {"token_times_ns": (), "output": (), "logprobs": ()}
@@ -51,7 +51,7 @@ class Stream(Observer):
         self._steps: list[StepRecord] = []
         self._files: dict[str, Path] = {}
         self._requests: Table[Any] = Table(self._temporary("requests.parquet"), STREAMED, 8 * BUFFER)
-        self._spans: Table[Any] = Table(self._temporary("spans.parquet"), SPANS, 32 * BUFFER)
+        self._spans: Table[Any] = Table(self._temporary("spans.parquet"), SPANS, 8 * BUFFER)
         self._table: Table[Any] | None = None
         if steps:
             self._table = Table(self._temporary("steps.parquet"), STEPS, 8 * BUFFER)

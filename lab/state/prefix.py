@@ -35,10 +35,10 @@ class ContentChain:
         "_cursor",
         "_cursor_start",
         "_output",
-        "_output_stream",
         "_pieces",
         "_prompt",
         "_stretch",
+        "_tail",
         "keys",
     )
 
@@ -48,8 +48,9 @@ class ContentChain:
         self._prompt = len(prompt)
         self._pieces = prompt.pieces if len(prompt.pieces) < 2 else _joined(prompt.pieces)
         self._block_size = block_size
-        self._output, self._output_stream = output, output_stream
+        self._output = output
         self._cursor, self._cursor_start = 0, 0
+        self._tail = None if output_stream is None else Segment(output_stream, 0, _ENDLESS)
         self._stretch: tuple[int, bytes] | None = None
         """The first block that lies within the stretch at the cursor, and the hash that names it and the others."""
         self.keys: list[bytes] = [root_key(salt)]
@@ -58,6 +59,14 @@ class ContentChain:
     def upto(self, blocks: int) -> list[bytes]:
         """The chain with at least the keys of the first `blocks` blocks. Their tokens must be known."""
         keys, size = self.keys, self._block_size
+        if self._stretch is not None and self._cursor == len(self._pieces) and blocks == len(keys):
+            # One more block of generated text: the usual case while a request decodes.
+            first, base = self._stretch
+            number = blocks - 1 - first
+            if number >= len(_NUMBERS):
+                _count_to(number + 1)
+            keys.append(base + _NUMBERS[number])
+            return keys
         while (index := len(keys) - 1) < blocks:
             low = index * size
             piece, offset, rest = self._rest(low)
@@ -80,12 +89,12 @@ class ContentChain:
         """The stretch of synthetic text at a token position, the offset in it, and how much of it is left (0 of
         literal text); positions never go back."""
         if position >= self._prompt:
-            if self._output_stream is None:
+            if self._tail is None:
                 return _NOTHING, 0, 0
             if self._cursor < len(self._pieces):
                 self._cursor = len(self._pieces)
                 self._stretch = None
-            return Segment(self._output_stream, 0, _ENDLESS), position - self._prompt, _ENDLESS
+            return self._tail, position - self._prompt, _ENDLESS
         piece = self._pieces[self._cursor]
         while position >= self._cursor_start + len(piece):
             self._cursor_start += len(piece)
@@ -128,8 +137,8 @@ class ContentChain:
         """(piece, offset in it, tokens of it before `high`) at a token position; positions never go back."""
         if position >= self._prompt:
             done = position - self._prompt
-            if self._output_stream is not None:
-                return Segment(self._output_stream, 0, high), done, high - position
+            if self._tail is not None:
+                return self._tail, done, high - position
             return tuple(self._output[done : high - self._prompt]), 0, high - position
         piece = self._pieces[self._cursor]
         while position >= self._cursor_start + len(piece):
