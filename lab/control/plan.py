@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -187,18 +188,19 @@ def chain(
             continue
         name = item.request.encode()
         sizes = struct.pack("<iqq?i", len(name), item.start, item.tokens, item.samples, len(item.blocks))
-        parts += (sizes, name, struct.pack(f"<{len(item.blocks)}i", *item.blocks))
+        parts += (sizes, name, array("i", item.blocks).tobytes())
     head = struct.pack("<qqq", index, count, len(parts))
     parts += ((marks & MASK).to_bytes(16, "little"), (starts & MASK).to_bytes(16, "little"))
     for request, ids in blocks:
         name = request.encode()
-        parts.append(struct.pack(f"<ii{len(ids)}i", len(name), len(ids), *ids) + name)
-    for mark_, pairs in (("preempted", preempted), ("rejected", rejected)):
-        for request, word in pairs:
-            parts.append(f"\x1e{mark_}\x1f{request}\x1f{word}".encode())
-    for mark_, moves in (("out", swap_out), ("in", swap_in)):
-        for move in moves:
-            parts.append(f"\x1e{mark_}\x1f{move.request}\x1f{move.pairs}".encode())
+        parts += (struct.pack("<ii", len(name), len(ids)), array("i", ids).tobytes(), name)
+    if preempted or rejected or swap_out or swap_in:
+        for mark_, pairs in (("preempted", preempted), ("rejected", rejected)):
+            for request, word in pairs:
+                parts.append(f"\x1e{mark_}\x1f{request}\x1f{word}".encode())
+        for mark_, moves in (("out", swap_out), ("in", swap_in)):
+            for move in moves:
+                parts.append(f"\x1e{mark_}\x1f{move.request}\x1f{move.pairs}".encode())
     for gone in compactions:
         parts.append(
             f"\x1ecompact\x1f{gone.request}\x1f{gone.rule}\x1f{gone.recent}\x1f{gone.blocks}".encode()

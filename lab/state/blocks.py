@@ -147,9 +147,10 @@ class BlockPool:
 
     def take_run(self, count: int, now: int) -> list[Block]:
         """As many blocks as `count` calls of `take` without a key would give, in the same order."""
-        taken: list[Block] = []
         if not self.by_release:
             return [self.take(now) for _ in range(count)]
+        taken: list[Block] = []
+        wanted = count
         self.allocated += count
         blocks, free = self._blocks, self._free
         while count and len(blocks) < self.total:
@@ -169,12 +170,15 @@ class BlockPool:
                 while not chain:
                     order.popleft()
                     chain = order[0]
-                block = chain.pop()
-                if block.released is chain and not block.refs:
-                    del index[block.key]
-                    block.key, block.user = b"", None
-                    taken.append(block)
-                    count -= 1
+                part = chain[: -count - 1 : -1]
+                del chain[-count:]
+                for block in part:
+                    if block.released is chain:  # else it is held again, or was let go again with others
+                        del index[block.key]
+                        block.key = b""
+                        block.user = None
+                        taken.append(block)
+                count = wanted - len(taken)
         for block in taken:
             block.refs = 1
         return taken
