@@ -94,6 +94,8 @@ def play(
         plan = core.plan(now)
         core.check()
         if not plan:
+            if not (requests or core.has_work):  # the last one was refused
+                break
             assert requests, core.stalled()
             now = requests[0].arrival
             continue
