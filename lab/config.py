@@ -63,6 +63,35 @@ class CostConfig:
     name: str = "fitted"
     path: str | None = option(None, "cost=replay: the recorded run whose step durations are used")
     recalibrate: bool = option(False, "cost=fitted: measure again instead of using the kept fit")
+    hardware: str | None = option(
+        None, "cost=roofline, physical, tables: the device, by name or the path of its description"
+    )
+    model: str | None = option(
+        None, "the same: the model's shape, by name or from a config.json; null: model.name"
+    )
+    weights: str | None = option(None, "width of linear layers: fp8, int8, int4; null: as the model's dtype")
+    kv: str | None = option(None, "width of KV: fp8, int8; null: as the model's dtype")
+    tensor_parallel: int | None = option(None, "devices that share each layer; null: engine.tensor_parallel")
+    pipeline_parallel: int | None = option(
+        None, "runs of layers, one after the other; null: engine.pipeline_parallel"
+    )
+    microbatches: int = option(1, "parts that a batch is cut into, for runs of layers to work at once")
+    reserved_gib: float | None = option(
+        None, "device memory an engine keeps beside weights, KV and activations; null: as measured on one"
+    )
+    tables: str | None = option(None, "cost=tables: the directory of one device's measured kernels")
+    weight_read: float | None = option(
+        None, "share of the memory bandwidth that weights are read at; null: 0.905"
+    )
+    kv_read: float | None = option(None, "share of the memory bandwidth that KV is read at; null: 0.86")
+    mfu: float | None = option(None, "share of the peak arithmetic; null: 0.70")
+    link: float | None = option(None, "share of the link's bandwidth that an all-reduce sees; null: 0.329")
+    layer_us: float | None = option(None, "microseconds to launch a layer; null: 44.2")
+    sequence_us: float | None = option(
+        None, "microseconds to prepare one request's part of a batch; null: 6.4"
+    )
+    step_us: float | None = option(None, "microseconds to prepare a step; null: 0")
+    collective_us: float | None = option(None, "microseconds to launch a collective; null: 8.8")
 
 
 @dataclass
@@ -98,7 +127,8 @@ class KvConfig:
     """The KV cache."""
 
     blocks: int | None = option(
-        None, "blocks in the pool; null: for 32,768 tokens, or on CUDA what memory allows"
+        None,
+        "blocks in the pool; null: for 32,768 tokens, or what memory allows on CUDA and on cost.hardware",
     )
     block_size: int = option(16, "tokens a block")
     prefix_cache: bool = option(True, "reuse blocks of equal prefixes")
@@ -262,10 +292,22 @@ COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
             "the same model with another machine's coefficients, which ship with it",
             CostConfig("reference"),
         ),
+        "roofline": (
+            "datasheet bounds: no step can be faster on cost.hardware",
+            CostConfig("roofline", hardware="h100_sxm"),
+        ),
+        "physical": (
+            "the same with what engines reach of them (defaults: vLLM on an H100)",
+            CostConfig("physical", hardware="h100_sxm"),
+        ),
         "replay": ("the step durations of a recorded run (cost.path=RUN)", CostConfig("replay")),
     }
 )
+SHAPED = ("roofline", "physical")
+"""Cost models that need no measured engine: a device's description and a model's shape."""
 DTYPES = ("bfloat16", "float32")
+WIDTHS = ("bfloat16", "float16", "float32", "fp8", "int8", "int4")
+"""Of weights and, but for the last, of KV."""
 OUTPUT_LENGTHS = ("forced", "stop")
 RECORD = ("everything", "steps", "requests")
 """`run.record`: all there is, and then less."""
@@ -420,6 +462,7 @@ def validate(cfg: Config) -> None:
         )
     if cfg.cost.name == "replay" and cfg.cost.recalibrate:
         raise ConfigError("cost.recalibrate=true makes no sense with cost=replay; expected cost=fitted.")
+    _cost(cfg)
     _endpoint(cfg.export.otlp_endpoint)
     for group in SEAMS:
         choice = getattr(cfg, group)
@@ -505,6 +548,36 @@ def _ranks(cfg: Config) -> None:
             f"compression={name} scores the keys of all heads together, and engine.tensor_parallel={tensor} holds them "
             "apart; expected engine.tensor_parallel=1."
         )
+
+
+def _cost(cfg: Config) -> None:
+    """Options of `cost` that only some cost models read, and their ranges. The model itself checks its bounds."""
+    cost = cfg.cost
+    reached = {"weight_read", "kv_read", "mfu", "link", "layer_us", "sequence_us", "step_us", "collective_us"}
+    own = {"name", "path", "recalibrate"}
+    if cost.name in SHAPED:
+        own = {item.name for item in dataclasses.fields(cost)} - {"tables"}
+    if cost.name == "roofline":
+        own -= reached
+    plain = CostConfig()
+    for item in dataclasses.fields(cost):
+        if item.name not in own and getattr(cost, item.name) != getattr(plain, item.name):
+            raise ConfigError(
+                f"cost.{item.name}={getattr(cost, item.name)} isn't read with cost={cost.name}; expected cost="
+                + ("physical." if item.name in reached else f"{' or '.join(SHAPED)}.")
+            )
+    if cost.name in SHAPED and cost.recalibrate:
+        raise ConfigError(
+            f"cost.recalibrate=true makes no sense with cost={cost.name}; expected cost=fitted."
+        )
+    if cost.weights is not None:
+        _one_of("cost.weights", cost.weights, WIDTHS)
+    if cost.kv is not None:
+        _one_of("cost.kv", cost.kv, WIDTHS[:-1])
+    for key in ("tensor_parallel", "pipeline_parallel", "microbatches"):
+        _at_least(f"cost.{key}", getattr(cost, key), 1)
+    if cost.reserved_gib is not None and not 0 <= cost.reserved_gib < math.inf:
+        raise ConfigError(f"cost.reserved_gib is {cost.reserved_gib}; expected a finite number, at least 0.")
 
 
 def _mode(cfg: Config) -> None:

@@ -6,21 +6,24 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lab import plugins, ranks
 from lab.assembly import ControlPlane, EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
-from lab.config import Config, cache_dir
+from lab.config import MOST_BLOCKS, SHAPED, Config, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request
 from lab.control.step import Limits
 from lab.errors import ConfigError, ModelError, ReplayError
+from sim import hardware, model_shape
+from sim.capacity import RESERVED_GIB, blocks_that_fit
 from sim.cost.linear import FORMAT, LinearCost
 from sim.cost.model import CostModel
+from sim.cost.physical import MEASURED, PERFECT, Coefficients, Parallel, PhysicalCost
 from sim.cost.replay import RecordedCost
 from sim.cost.transfer import WithTransfers
 from sim.driver import Simulation
@@ -80,6 +83,8 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
             )
         about: dict[str, Any] = {"cost": "replay", "recorded": recorded.path.name, "model": cfg.model.name}
         return SimBackend(recorded_cost(recorded), capacity, "replayed", about)
+    if cfg.cost.name in SHAPED:
+        return _shaped(cfg, beside)
     cost = LinearCost.load(REFERENCE) if cfg.cost.name == "reference" else _fitted(cfg, console, beside)
     capacity = beside.capacity if beside is not None else _capacity(cfg, cost)
     about = {
@@ -89,6 +94,61 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         "dtype": cfg.model.dtype,
     }
     return SimBackend(WithTransfers(cost, capacity), capacity, "modelled", about)
+
+
+def _shaped(cfg: Config, beside: Backend | None) -> SimBackend:
+    """A device that needn't be there, described; and KV blocks as many as fit on it."""
+    cost = shaped_cost(cfg)
+    capacity = beside.capacity if beside is not None else _described_capacity(cfg, cost)
+    about = {
+        "cost": cfg.cost.name,
+        "hardware": asdict(cost.hardware),
+        "shape": asdict(cost.shape),
+        "coefficients": asdict(cost.coefficients),
+        "parallel": asdict(cost.parallel),
+        "model": cfg.model.name,
+        "dtype": cost.shape.dtype,
+    }
+    return SimBackend(WithTransfers(cost, capacity), capacity, "modelled", about)
+
+
+def shaped_cost(cfg: Config) -> PhysicalCost:
+    """The cost model that `cost=roofline` and its like ask for."""
+    wanted = cfg.cost
+    shape = model_shape.load(wanted.model or cfg.model.name)
+    shape = shape.quantised(wanted.weights or "", wanted.kv or "")
+    parallel = Parallel(
+        wanted.tensor_parallel or cfg.engine.tensor_parallel,
+        wanted.pipeline_parallel or cfg.engine.pipeline_parallel,
+        wanted.microbatches,
+    )
+    given = {field.name: getattr(wanted, field.name) for field in fields(Coefficients)}
+    base = PERFECT if wanted.name == "roofline" else MEASURED
+    coefficients = replace(base, **{key: value for key, value in given.items() if value is not None})
+    return PhysicalCost(shape, hardware.load(wanted.hardware or "h100_sxm"), coefficients, parallel)
+
+
+def _described_capacity(cfg: Config, cost: PhysicalCost) -> Capacity:
+    shape, size = cost.shape, cfg.kv.block_size
+    blocks = cfg.kv.blocks or blocks_that_fit(
+        shape,
+        cost.hardware,
+        utilization=cfg.engine.memory_utilization,
+        block_size=size,
+        token_budget=cfg.engine.token_budget,
+        max_seqs=cfg.engine.max_seqs,
+        parallel=cost.parallel,
+        reserved_gib=RESERVED_GIB if cfg.cost.reserved_gib is None else cfg.cost.reserved_gib,
+    )
+    return Capacity(
+        min(blocks, MOST_BLOCKS),
+        size,
+        shape.max_context,
+        shape.vocab,
+        cfg.kv.host_blocks,
+        round(shape.kv_bytes_per_token * size),
+        cfg.kv.transfer_gb_s,
+    )
 
 
 def recorded_cost(run: Run) -> RecordedCost:

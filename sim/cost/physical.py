@@ -1,0 +1,273 @@
+"""From shapes and datasheets to a step's time: the roofline, and the same with what software reaches of it. Data plane.
+
+Each part of a step takes the longer of its arithmetic at the device's peak and its bytes at the memory's bandwidth
+(Williams et al., CACM 2009). A few coefficients, each with a physical bound, say how far from that a real engine
+stays: shares of the peaks, in (0, 1], and times that come on top, at least 0. So no step is faster than the roofline,
+and none gets faster for more tokens, context or requests.
+
+A prompt chunk and a single token follow one formula, summed over requests; a chunk of one token costs what a decode
+costs. Decodes enter by their sums alone: for all of them the same side of the roof is the longer one.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from lab.control.plan import Decoding, StepPlan, StepTiming, Work
+from lab.errors import ConfigError
+from sim.cost.terms import StepCost
+from sim.hardware import Hardware, Link
+from sim.model_shape import LayerKind, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """What an engine reaches of a device's peaks, and what it adds."""
+
+    weight_read: float = 0.905
+    """Share of the memory's bandwidth at which weights are read."""
+    kv_read: float = 0.86
+    """The same of KV."""
+    mfu: float = 0.70
+    """Share of the peak arithmetic."""
+    link: float = 0.329
+    """Share of the link's bandwidth that an all-reduce sees: 148 of NVLink's 450 GB/s."""
+    layer_us: float = 44.2
+    """Launching one layer."""
+    sequence_us: float = 6.4
+    """Preparing one request's part of a batch."""
+    step_us: float = 0.0
+    """Preparing a step."""
+    collective_us: float = 8.8
+    """Launching one collective."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_us"):
+                if not 0 <= value < float("inf"):
+                    raise ConfigError(f"cost.{field.name} is {value}; expected a finite number, at least 0.")
+            elif not 0 < value <= 1:
+                raise ConfigError(f"cost.{field.name} is {value}; expected a share above 0, at most 1.")
+
+
+MEASURED = Coefficients()
+"""Measured on an H100 with vLLM 0.15."""
+PERFECT = Coefficients(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+"""The roofline itself."""
+
+GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+"""Rows for which vLLM records CUDA graphs; a smaller batch is padded to the next of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """How a model is laid over devices: shares of each layer, runs of layers, and parts a batch is cut into so that
+    the runs have something to do at once."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    microbatches: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.pipeline
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises `ConfigError` where the model can't be cut like that."""
+        if shape.heads % self.tensor:
+            raise ConfigError(
+                f"cost.tensor_parallel is {self.tensor}, and {shape.name} has {shape.heads} query heads; expected a "
+                "divisor of that."
+            )
+        if self.pipeline > shape.layers:
+            raise ConfigError(
+                f"cost.pipeline_parallel is {self.pipeline}, and {shape.name} has {shape.layers} layers; expected at "
+                "most as many."
+            )
+
+    def kv_share(self, shape: ModelShape) -> float:
+        """Of a layer's KV, what each of its devices holds: heads can't be cut, and a latent vector is everybody's."""
+        if shape.mla is not None:
+            return 1.0
+        return -(-shape.kv_heads // self.tensor) / shape.kv_heads
+
+
+ALONE = Parallel()
+"""One device."""
+
+
+class PhysicalCost:
+    """Implements `CostModel`, with `decode_time`. Terms in `step_cost`."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: Hardware,
+        coefficients: Coefficients = MEASURED,
+        parallel: Parallel = ALONE,
+        graph_sizes: Sequence[int] = (),
+    ) -> None:
+        parallel.check(shape)
+        self.shape, self.hardware, self.coefficients, self.parallel = shape, hardware, coefficients, parallel
+        self._graphs = list(graph_sizes)
+        c, tensor = coefficients, parallel.tensor
+        arithmetic = shape.weights if shape.weights in ("fp8",) else shape.dtype
+        flops = hardware.peak(arithmetic) * c.mfu
+        self._flops_s = hardware.peak(shape.dtype) * c.mfu
+        self._weights_s = hardware.memory_bytes_s * c.weight_read
+        self._kv_s = hardware.memory_bytes_s * c.kv_read
+        dense = sum(kind.count * shape.linear(False) for kind in shape.kinds if not kind.sparse)
+        sparse = sum(kind.count for kind in shape.kinds if kind.sparse)
+        dense += sparse * (shape.attention_linear + shape.always_linear)
+        width = shape.weight_width / tensor
+        self._dense = (2 * dense / tensor / flops, dense * width / self._weights_s)
+        """Seconds of arithmetic a row, and seconds of reading."""
+        per_token = shape.mixture.per_token if shape.mixture else 0
+        experts = sparse * shape.expert_linear
+        self._experts = (2 * experts * per_token / tensor / flops, experts * width / self._weights_s)
+        """The same; reading is for one expert of each layer."""
+        head = shape.head_linear / tensor
+        self._head = (2 * head / self._flops_s, head * shape.width / self._weights_s)
+        self._share = parallel.kv_share(shape)
+        self._pair_s = shape.pair_flops / tensor / self._flops_s
+        self._key_s = shape.kv_layer_bytes * self._share / self._kv_s
+        self._token_s = max(self._pair_s, self._key_s)
+        """One single token's attention to one token of its context, in one layer."""
+        stage = -(-shape.layers // parallel.pipeline) / shape.layers
+        self._rounds = (parallel.microbatches + parallel.pipeline - 1) * stage
+        """How often all layers' time passes in a step, for one microbatch."""
+        self._tensor_link = self._link_for(tensor)
+        self._stage_link = self._link_for(parallel.devices)
+
+    def _link_for(self, devices: int) -> Link:
+        return self.hardware.link if devices <= self.hardware.devices_per_node else self.hardware.network
+
+    # -- the interface ---------------------------------------------------------------------------------
+
+    def step_time(self, plan: StepPlan) -> StepTiming:
+        return self.step_cost(plan).timing()
+
+    def decode_time(self, decodes: Decoding) -> StepTiming:
+        """The same of a step that is nothing but these decodes."""
+        return self.cost_of(decodes, ()).timing()
+
+    def step_cost(self, plan: StepPlan) -> StepCost:
+        """A step's terms, in seconds."""
+        return self.cost_of(plan.decodes, plan.items)
+
+    def cost_of(self, decodes: Decoding, items: Sequence[Work]) -> StepCost:
+        """The same of decodes given as sums, and of work items beside them."""
+        rows = seqs = decodes.seqs
+        for item in items:
+            rows += item.tokens
+        seqs += len(items)
+        if not rows:
+            return StepCost()
+        attention, kv_read = self.attention(decodes, items)
+        microbatches = self.parallel.microbatches
+        weights = self.linear(self.padded(rows) / microbatches) * self._rounds
+        weights += self.head(seqs / microbatches) * microbatches
+        ratio = self._rounds / microbatches
+        c = self.coefficients
+        host = c.layer_us * self.shape.layers * self._rounds + c.sequence_us * seqs + c.step_us
+        return StepCost(
+            weights=weights,
+            attention=attention * ratio,
+            kv_read=kv_read * ratio,
+            collectives=self.collectives(rows, seqs) if self.parallel.devices > 1 else 0.0,
+            host=host * 1e-6,
+        )
+
+    # -- parts, for all layers and one device's share ----------------------------------------------------
+
+    def padded(self, rows: int) -> int:
+        """Rows of the recorded graph that a batch runs in."""
+        if not self._graphs or rows > self._graphs[-1]:
+            return rows
+        return self._graphs[bisect.bisect_left(self._graphs, rows)]
+
+    def linear(self, rows: float) -> float:
+        """All linear layers, for this many tokens."""
+        per_row, reading = self._dense
+        took = max(rows * per_row, reading)
+        if self.shape.mixture is not None:
+            per_row, reading = self._experts
+            took += max(rows * per_row, self.shape.mixture.touched(rows) * reading)
+        return took
+
+    def head(self, seqs: float) -> float:
+        """The LM head: one row a request, whether its token is wanted or not (as in vLLM)."""
+        per_row, reading = self._head
+        return max(seqs * per_row, reading)
+
+    def attention(self, decodes: Decoding, items: Sequence[Work]) -> tuple[float, float]:
+        """(of chunks, of single tokens)."""
+        chunks = tokens = 0.0
+        for kind in self.shape.kinds:
+            window = kind.window
+            single: float = decodes.context
+            if window is not None and decodes.longest > window:
+                single = min(single, decodes.seqs * window)  # each of them at most; exact if all are beyond
+            for item in items:
+                n, end = item.tokens, item.context
+                if n == 1:
+                    single += end if window is None else min(end, window)
+                else:
+                    chunks += kind.count * self._chunk(n, end, kind)
+            tokens += kind.count * single * self._token_s
+        return chunks, tokens
+
+    def _chunk(self, tokens: int, end: int, kind: LayerKind) -> float:
+        """One layer's attention of a chunk: its pairs' arithmetic, or reading its context once."""
+        pairs, keys = pairs_within(tokens, end, kind.window)
+        return max(pairs * self._pair_s, keys * self._key_s)
+
+    def collectives(self, rows: int, seqs: int) -> float:
+        """All-reduces after attention and feed-forward of every layer, the head's gather, and passing on to the next
+        stage."""
+        shape, parallel, c = self.shape, self.parallel, self.coefficients
+        hidden, width, tensor = shape.hidden, shape.width, parallel.tensor
+        launch = c.collective_us * 1e-6
+        took = 0.0
+        part = rows / parallel.microbatches
+        if tensor > 1:
+            each = launch + self.reduce_s(part * hidden * width)
+            gather = launch + self.reduce_s(seqs * shape.vocab * width / 2)
+            took += 2 * shape.layers * self._rounds * each + gather
+        if parallel.pipeline > 1:
+            link = self._stage_link
+            sends = parallel.microbatches + parallel.pipeline - 2
+            took += sends * (max(launch, link.latency_s) + part * hidden * width / link.bytes_s)
+        return took
+
+    def reduce_s(self, size: float) -> float:
+        """Moving the data of one all-reduce: never less than a ring needs, which moves 2 (n - 1) / n of it."""
+        link, tensor = self._tensor_link, self.parallel.tensor
+        ring = 2 * (tensor - 1) / tensor
+        return size * max(ring, 1 / self.coefficients.link) / link.bytes_s
+
+    def roofline(self) -> PhysicalCost:
+        """The bound below all that this model says: the same layout at the peaks, unpadded."""
+        return PhysicalCost(self.shape, self.hardware, PERFECT, self.parallel)
+
+    def efficiency(self, plan: StepPlan) -> float:
+        """Share of the roofline that a step reaches, in (0, 1]."""
+        return self.roofline().step_cost(plan).total / self.step_cost(plan).total
+
+    def of_layers(self, count: int) -> PhysicalCost:
+        """The same model cut to its first kind of layer, `count` times."""
+        shape = replace(self.shape, kinds=(replace(self.shape.kinds[0], count=count),))
+        return PhysicalCost(shape, self.hardware, self.coefficients, self.parallel, self._graphs)
+
+
+def pairs_within(tokens: int, end: int, window: int | None) -> tuple[int, int]:
+    """(query-key pairs, keys read) of a causal chunk of so many tokens whose last attends to `end` tokens."""
+    start = end - tokens
+    if window is None or end <= window:
+        return tokens * start + tokens * (tokens + 1) // 2, end
+    full = min(tokens, end - window)  # queries that see a whole window
+    rising = tokens - full
+    return full * window + rising * start + rising * (rising + 1) // 2, min(end, window + tokens - 1)
