@@ -106,7 +106,9 @@ def assemble(
                 raise ConfigError(
                     f"eviction '{name}' knows the future of one replica; fleet.most is {spec.fleet.most}."
                 )
-            eviction.future = future = KnownFuture(requests, capacity.block_size)
+            eviction.future = future = KnownFuture(
+                (sequence for request in requests for sequence in request.sequences()), capacity.block_size
+            )
         core = EngineCore(
             spec.create("policy", replica),
             eviction,

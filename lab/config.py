@@ -168,6 +168,14 @@ class SamplingConfig:
     min_p: float = option(0.0, "drop tokens below this share of the likeliest")
     seed: int | None = option(None, "seed of the draws; null: the run's seed")
     logprobs: int | None = option(None, "record log-probabilities of this many alternatives")
+    repetition_penalty: float = option(1.0, "tokens of prompt and output are made less likely; 1: not")
+    presence_penalty: float = option(0.0, "taken off the logits of tokens in the output")
+    frequency_penalty: float = option(0.0, "the same, for each time that they stand there")
+    n: int = option(1, "outputs of each request, which share its prompt's KV blocks")
+    min_tokens: int = option(0, "output_lengths=stop: no end before this many tokens")
+    stop: list[str] = field(
+        default_factory=list, metadata={"help": "output_lengths=stop: texts that end an output"}
+    )
 
 
 @dataclass
@@ -454,6 +462,18 @@ def validate(cfg: Config) -> None:
     _positive("slo.ttft_ms", cfg.slo.ttft_ms)
     _positive("slo.tpot_ms", cfg.slo.tpot_ms)
     sampling(cfg)
+    for key, given in (("stop", cfg.sampling.stop), ("min_tokens", cfg.sampling.min_tokens)):
+        if given and cfg.output_lengths != "stop":
+            raise ConfigError(
+                f"sampling.{key} is {given}, and output lengths are forced; expected output_lengths=stop with it."
+            )
+    _at_least("sampling.n", cfg.sampling.n, 1)
+    if cfg.sampling.n > 1 and cfg.backend == "cache":
+        raise ConfigError(
+            f"sampling.n is {cfg.sampling.n}, and backend=cache replays prompts alone; expected sampling.n=1."
+        )
+    if not all(cfg.sampling.stop):
+        raise ConfigError("sampling.stop has an empty text; expected at least one character.")
     if cfg.cost.name == "replay" and cfg.cost.path is None:
         raise ConfigError("cost=replay needs the recorded run: cost.path=RUN.")
     if cfg.cost.name != "replay" and cfg.cost.path is not None:
@@ -483,13 +503,18 @@ def validate(cfg: Config) -> None:
         _study(f"studies.{name}", study)
 
 
+_OF_REQUESTS = ("stop", "n")
+"""Options of `sampling` that are fields of `Request`."""
+
+
 def sampling(cfg: Config) -> Any:
     """`SamplingParams` of the configuration. Values out of range are a `ConfigError`."""
     from lab.control.request import SamplingParams
 
     try:
         seed = cfg.seed if cfg.sampling.seed is None else cfg.sampling.seed
-        return SamplingParams(**dataclasses.asdict(cfg.sampling) | {"seed": seed})
+        values = dataclasses.asdict(cfg.sampling) | {"seed": seed}
+        return SamplingParams(**{name: value for name, value in values.items() if name not in _OF_REQUESTS})
     except ValueError as error:
         raise ConfigError(str(error).replace("sampling parameter ", "sampling.") + ".") from error
 

@@ -145,7 +145,8 @@ def _completed(request: Request, cfg: Config, sampling: Any) -> Request:
     # Each request draws from a stream of its own: with one for all, equal prompts would get equal samples.
     own_seed = stream_of("sampling", sampling.seed, request.id) >> 1
     changes: dict[str, Any] = {
-        "sampling": dataclasses.replace(sampling, seed=own_seed),
+        "sampling": dataclasses.replace(sampling, seed=own_seed, min_tokens=0),
+        "n": cfg.sampling.n,
         "ttft_slo": objective(request.ttft_slo, slo.ttft_ms),
         "tpot_slo": objective(request.tpot_slo, slo.tpot_ms),
     }
@@ -158,8 +159,16 @@ def _ending(requests: list[Request], cfg: Config, backend: Backend) -> list[Requ
     """How outputs end: at the trace's lengths, or (`output_lengths=stop`) where the model itself stops."""
     if cfg.output_lengths == "forced":
         return requests
+    least, stop = cfg.sampling.min_tokens, tuple(cfg.sampling.stop)
     return [
-        dataclasses.replace(r, output_len=None, max_tokens=r.output_limit, stop_ids=backend.stop_ids)
+        dataclasses.replace(
+            r,
+            output_len=None,
+            max_tokens=r.output_limit,
+            stop_ids=backend.stop_ids,
+            stop=stop,
+            sampling=dataclasses.replace(r.sampling, min_tokens=min(least, r.output_limit)),
+        )
         for r in requests
     ]
 

@@ -70,6 +70,8 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> RealB
 
     executor = open_ranks(cfg, console) if ranks.world(cfg) > 1 else build(cfg, console)
     model = executor.model
+    if cfg.sampling.stop:
+        model.tokenizer()  # now rather than when the first request comes
     if cfg.compression.name != SEAMS["compression"] and any(rule.window for rule in model.config.attention):
         raise ModelError(
             f"compression={cfg.compression.name} can't shorten the KV of '{cfg.model.name}', which attends within a "

@@ -7,8 +7,9 @@ call takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +22,16 @@ from real_engine import device
 from real_engine.attention.backend import AttentionBackend, GraphableAttention
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.compression import Compressor, Queries
+from real_engine.detokenizer import TextStops
 from real_engine.graphs import DecodeGraphs, GraphDevice
 from real_engine.kv_memory import KvMemory, KvShape
 from real_engine.models.decoder import Decoder
 from real_engine.models.loading import LoadedModel
 from real_engine.sampler import sample
 from real_engine.sequences import Sequences
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _ROOM = "a smaller engine.token_budget, kv.blocks or engine.memory_utilization"
 """What gives a step more memory."""
@@ -36,7 +41,8 @@ class TorchExecutor:
     """Implements `lab.control.executor.Executor`.
 
     `attention` defaults to plain torch. With `keep_logits`, `logits` holds the float32 logits `[vocab]` that
-    each request of the last step sampled from: for tests and analyses that look behind the tokens.
+    each request of the last step sampled from (before penalties): for tests and analyses that look behind the
+    tokens. `tokenizer` gives the one that stop strings are looked for with; by default the model's own.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class TorchExecutor:
         transfer_gb_s: float = 16.0,
         attention: AttentionBackend | None = None,
         keep_logits: bool = False,
+        tokenizer: Callable[[], Tokenizer] | None = None,
     ) -> None:
         """Allocates the KV cache. Raises `ExecutorError` when it doesn't fit, or its block size doesn't suit."""
         self._attention = attention or TorchAttention()
@@ -86,6 +93,7 @@ class TorchExecutor:
             max_context=config.max_context,
             vocab_size=config.vocab_size,
         )
+        self._texts = TextStops(tokenizer or model.tokenizer)
         self._graphs: DecodeGraphs | None = None
         self._compressor = Compressor(self._memory, config)
         self._closed = False
@@ -132,9 +140,10 @@ class TorchExecutor:
         started = perf_counter_ns()
         if self._closed:
             raise ExecutorError(f"step {plan.index}: the executor is closed")
-        transfer_ns = self._transfer(plan, started) if plan.moved_blocks else 0
+        transfer_ns = self._transfer(plan, started) if plan.moved_blocks or plan.copies else 0
         started += transfer_ns
         self._sequences.apply(plan)
+        self._texts.apply(plan)
         self.logits.clear()
         if not plan.work:
             return StepResult((), prepare_ns=perf_counter_ns() - started, transfer_ns=transfer_ns)
@@ -162,6 +171,7 @@ class TorchExecutor:
             self._sequences.append(name, token)
             if self._keep_logits:
                 self.logits[name] = logits[row]
+        stopped = self._texts.reached(names, tokens)
         sampled = perf_counter_ns()
         for item in plan.compactions:
             with torch.inference_mode():
@@ -177,6 +187,7 @@ class TorchExecutor:
             logprobs=logprobs,
             transfer_ns=transfer_ns,
             compact_ns=perf_counter_ns() - sampled if plan.compactions else 0,
+            stopped=stopped,
         )
 
     def _draw(
@@ -186,15 +197,22 @@ class TorchExecutor:
         params: Sequence[SamplingParams],
         positions: Sequence[int],
     ) -> tuple[list[int], Mapping[RequestId, TokenLogprobs]]:
-        return sample(logits, requests, params, positions)
+        adjusted = self._sequences.adjustments(requests)
+        return sample(logits, requests, params, positions, adjusted)
 
     def _transfer(self, plan: StepPlan, started: int) -> int:
-        """Swap out, then in; returns the nanoseconds since `started`."""
+        """Swap out, copy, swap in; returns the nanoseconds since `started`."""
+        copies = [pair for move in plan.copies for pair in move.pairs]
+        if not plan.moved_blocks:
+            self._memory.copy(self._memory, copies)
+            device.synchronize(self._device)
+            return perf_counter_ns() - started
         if self._host is None:
             raise ExecutorError(f"step {plan.index} moves KV to the host, but there is no host tier")
         out = [pair for move in plan.swap_out for pair in move.pairs]
         back = [(host, device) for move in plan.swap_in for device, host in move.pairs]
         self._host.copy(self._memory, out)
+        self._memory.copy(self._memory, copies)
         self._memory.copy(self._host, back)
         device.synchronize(self._device)
         return perf_counter_ns() - started

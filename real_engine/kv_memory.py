@@ -82,7 +82,10 @@ class KvMemory:
         return self.blocks * self.shape.block_bytes
 
     def copy(self, source: KvMemory, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks of all layers from another memory of the same shape: (its block, block of this)."""
+        """Copy whole blocks of all layers from another memory of the same shape: (its block, block of this).
+
+        From this memory itself too: all of them are read before any is written.
+        """
         if not pairs:
             return
         if self.device != source.device:

@@ -2,14 +2,16 @@
 
 Greedy rows are answered by one argmax. Others are drawn on the host by inverting the cumulative distribution
 at a number that depends on (seed, position) alone, so a request's tokens don't depend on what shares its
-batch, and a run repeats. The filters apply in transformers' order: temperature, top-k, top-p, min-p.
+batch, and a run repeats. The filters apply in transformers' order: temperature, top-k, top-p, min-p. Rows with
+penalties, a bias or a least length are changed before all that (`penalties.py`), one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from lab.control.plan import TokenLogprobs
 from lab.control.request import RequestId, SamplingParams
 from lab.errors import ExecutorError
+from real_engine.penalties import Adjustment
 
 _U64 = (1 << 64) - 1
 _HEAD = 1024
@@ -33,11 +36,13 @@ def sample(
     requests: Sequence[RequestId],
     params: Sequence[SamplingParams],
     positions: Sequence[int],
+    adjusted: Mapping[int, Adjustment] = MappingProxyType({}),
 ) -> tuple[list[int], dict[RequestId, TokenLogprobs]]:
     """A token for each row of `logits` (float32 `[rows, vocab]`), and log-probabilities where asked for.
 
-    Row i belongs to `requests[i]`, and its token will stand at `positions[i]` of that sequence. Raises
-    `ExecutorError` naming the request when a row holds NaN or +infinity.
+    Row i belongs to `requests[i]`, and its token will stand at `positions[i]` of that sequence; `adjusted` has, for
+    some rows, what changes them before a token is chosen. Log-probabilities are the model's own, before that. Raises
+    `ExecutorError` naming the request when a row holds NaN or +infinity, or leaves nothing to choose.
     """
     best = _argmax(logits)
     # argmax ranks NaN highest, so the winner's value tells of any NaN or +inf in its row.
@@ -50,11 +55,25 @@ def sample(
     tokens: list[int] = best.tolist()
     logprobs: dict[RequestId, TokenLogprobs] = {}
     for row, (name, how) in enumerate(zip(requests, params, strict=True)):
-        if how.temperature > 0:
+        change = adjusted.get(row)
+        if change is not None:
+            tokens[row] = _changed(logits[row], change, how, name, positions[row])
+        elif how.temperature > 0:
             tokens[row] = _draw(logits[row], how, positions[row])
         if how.logprobs is not None:
             logprobs[name] = _logprobs(logits[row], tokens[row], how.logprobs)
     return tokens, logprobs
+
+
+def _changed(row: Tensor, change: Adjustment, how: SamplingParams, name: RequestId, position: int) -> int:
+    """A token of a row that is changed before it is chosen from."""
+    values = change.apply(row.cpu().numpy())
+    best = int(values.argmax())
+    if not np.isfinite(values[best]):
+        raise ExecutorError(
+            f"request '{name}': its bias, penalties and stop tokens leave no token to draw at position {position}"
+        )
+    return _draw(torch.from_numpy(values), how, position) if how.temperature > 0 else best
 
 
 def _argmax(logits: Tensor) -> Tensor:
@@ -99,7 +118,9 @@ def _draw(logits: Tensor, params: SamplingParams, position: int) -> int:
     probabilities, ids = distribution(logits, params)
     cumulative = np.cumsum(probabilities)
     target = uniform(params.seed, position) * cumulative[-1]
-    return int(ids[min(int(np.searchsorted(cumulative, target, side="right")), len(ids) - 1)])
+    # Rounding may take the target to the very end: then it is the last token that can be drawn at all.
+    last = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
+    return int(ids[min(int(np.searchsorted(cumulative, target, side="right")), last)])
 
 
 def _likeliest(ids: Ids, values: Floats, k: int) -> Ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from lab.control.plan import Compaction, StepPlan, Work
 from lab.control.request import Request, RequestId, SamplingParams
 from lab.errors import ExecutorError
 from real_engine.attention.backend import IntArray, PackedBatch
+from real_engine.penalties import Adjustment
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Sequences:
         self._blocks, self._block_size = blocks, block_size
         self._max_context, self._vocab_size = max_context, vocab_size
         self._known: dict[RequestId, _Sequence] = {}
+        self._adjusted: dict[RequestId, Adjustment] = {}
+        """Of those that have penalties and the like."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -50,6 +54,7 @@ class Sequences:
             sequence.dropped = sequence.dropped if how == "swap" else 0
         for name in plan.released:
             self._known.pop(name, None)
+            self._adjusted.pop(name, None)
         for request in plan.new:
             self._known[request.id] = self._enter(request, plan)
         for name in plan.admitted:
@@ -96,9 +101,17 @@ class Sequences:
         names = [sequence.request.id for sequence in drawn]
         return batch, names, [sequence.request.sampling for sequence in drawn], [s.known for s in drawn]
 
+    def adjustments(self, names: Sequence[RequestId]) -> dict[int, Adjustment]:
+        """By row, what changes the logits of those of `names` that are not drawn from as they are."""
+        if not self._adjusted:
+            return {}
+        return {row: self._adjusted[name] for row, name in enumerate(names) if name in self._adjusted}
+
     def append(self, name: RequestId, token: int) -> None:
         """A generated token becomes known."""
         sequence = self._known[name]
+        if self._adjusted and name in self._adjusted:
+            self._adjusted[name].append(token)
         if sequence.known < len(sequence.tokens):  # the last one of all is never fed back
             sequence.tokens[sequence.known] = token
         sequence.known += 1
@@ -134,6 +147,8 @@ class Sequences:
                     f"step {plan.index}: the prompt of request '{request.id}' has token id {token}; expected ids "
                     f"within 0 .. {self._vocab_size - 1}"
                 )
+        if Adjustment.needed(request):
+            self._adjusted[request.id] = Adjustment(request, prompt, self._vocab_size)
         return _Sequence(request, tokens, len(prompt), np.zeros(-(-room // self._block_size), np.int32))
 
     def _find(self, name: RequestId, plan: StepPlan, verb: str) -> _Sequence:

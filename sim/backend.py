@@ -16,7 +16,7 @@ from lab.backend import Backend, Progress, kv_blocks
 from lab.config import MOST_BLOCKS, SHAPED, Config, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
-from lab.control.request import Request
+from lab.control.request import Request, RequestId
 from lab.control.step import Limits
 from lab.errors import ConfigError, ModelError, ReplayError
 from sim import hardware, model_shape
@@ -27,7 +27,7 @@ from sim.cost.physical import MEASURED, PERFECT, Coefficients, Parallel, Physica
 from sim.cost.replay import RecordedCost
 from sim.cost.transfer import WithTransfers
 from sim.driver import Simulation
-from sim.executor import SimExecutor
+from sim.executor import Output, SimExecutor
 
 if TYPE_CHECKING:
     from lab.analysis.runs import Run
@@ -52,10 +52,11 @@ class SimBackend:
         capacity: Capacity,
         evidence: Literal["modelled", "replayed"],
         about: Mapping[str, Any],
+        outputs: Mapping[RequestId, Output] | None = None,
     ) -> None:
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
-        self.executor = SimExecutor(cost, capacity)
+        self.executor = SimExecutor(cost, capacity, outputs or {})
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
         return Simulation(control, self.executor, requests, progress)
@@ -169,10 +170,16 @@ def recorded_capacity(run: Run) -> Capacity:
         raise ReplayError(f"run '{run.path}' doesn't say its capacity in environment.json") from error
 
 
+def recorded_outputs(run: Run) -> dict[RequestId, Output]:
+    """What each request of a recorded run generated, and whether it ended by that."""
+    return {record.request.id: (record.output, record.reason == "stop") for record in run.request_records()}
+
+
 def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
     """Run b's workload, configuration and policies with a's step durations, into run directory `out`.
 
-    With b = a (or equal in all but durations) this is the parity test: the plan digests must be a's.
+    With b = a (or equal in all but durations) this is the parity test: the plan digests must be a's. Where outputs
+    weren't forced, b's own tokens and ends are used again: they are what its decisions followed.
     """
     import yaml
 
@@ -182,7 +189,11 @@ def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
     config = dict(run_b.config)
     capacity = recorded_capacity(run_b)
     backend = SimBackend(
-        recorded_cost(run_a), capacity, "replayed", {"cost": "replay", "recorded": run_a.path.name}
+        recorded_cost(run_a),
+        capacity,
+        "replayed",
+        {"cost": "replay", "recorded": run_a.path.name},
+        recorded_outputs(run_b) if config.get("output_lengths") == "stop" else None,
     )
     side = Side(
         backend=backend,

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeAlias
+
 from lab.control.coast import Price
 from lab.control.executor import Capacity
 from lab.control.plan import StepPlan, StepResult, StepTiming
 from lab.control.request import Request, RequestId, synthetic_token
 from sim.cost.model import CostModel
 
+Output: TypeAlias = tuple[tuple[int, ...], bool]
+_NOTHING: Output = ((), False)
+_NONE: Mapping[RequestId, Output] = MappingProxyType({})
+
 
 class SimExecutor:
     """Implements `Executor`, and `ControlTimer` for the control plane's modelled share of each step.
 
     Tokens carry no meaning here. Where the output length is forced they are 0; otherwise they are drawn
-    from the request's own synthetic text, so that different requests' outputs don't share cache blocks.
+    from the request's own synthetic text, so that different requests' outputs don't share cache blocks. Texts
+    don't end here either, unless `outputs` says what a recorded run gave: each request's tokens, and whether it
+    stopped after them.
     """
 
-    def __init__(self, cost: CostModel, capacity: Capacity) -> None:
+    def __init__(
+        self, cost: CostModel, capacity: Capacity, outputs: Mapping[RequestId, Output] = _NONE
+    ) -> None:
         self.capacity = capacity
-        self._cost = cost
+        self._cost, self._outputs = cost, outputs
         self._unforced: dict[RequestId, Request] = {}
         self._timing = StepTiming(0, 0, 0, 0, 0)
         self.decode_time: Price | None = getattr(cost, "decode_time", None)
@@ -26,7 +38,7 @@ class SimExecutor:
 
     def another(self) -> SimExecutor:
         """A data plane like this one, for another replica."""
-        return SimExecutor(self._cost, self.capacity)
+        return SimExecutor(self._cost, self.capacity, self._outputs)
 
     def start(self) -> None:
         """Modelled time needs no stopwatch."""
@@ -44,10 +56,12 @@ class SimExecutor:
         for request in plan.new:
             if request.output_len is None:
                 self._unforced[request.id] = request
+        stopped: frozenset[RequestId] = frozenset()
         if self._unforced:
-            tokens = tuple(
-                self._token(work.request, work.start + work.tokens) for work in plan.work if work.samples
-            )
+            sampling = [(work.request, work.start + work.tokens) for work in plan.work if work.samples]
+            tokens = tuple(self._token(name, position) for name, position in sampling)
+            if self._outputs:
+                stopped = frozenset(name for name, position in sampling if self._stops(name, position))
         else:
             tokens = (0,) * plan.samples
         timing = self._timing
@@ -58,6 +72,7 @@ class SimExecutor:
             timing.sample_ns,
             transfer_ns=timing.transfer_ns,
             compact_ns=timing.compact_ns,
+            stopped=stopped,
         )
 
     def close(self) -> None:
@@ -67,4 +82,13 @@ class SimExecutor:
         request = self._unforced.get(name)
         if request is None:
             return 0
+        tokens, index = self._outputs.get(name, _NOTHING)[0], position - len(request.prompt)
+        if index < len(tokens):
+            return tokens[index]
         return synthetic_token(request.output_stream, position, self.capacity.vocab_size)
+
+    def _stops(self, name: RequestId, position: int) -> bool:
+        """Whether the token at this position was a recorded request's last one, after which it stopped."""
+        request = self._unforced.get(name)
+        tokens, stopped = self._outputs.get(name, _NOTHING)
+        return stopped and request is not None and position - len(request.prompt) == len(tokens) - 1

@@ -147,6 +147,12 @@ class EngineCore:
         self._requests: dict[RequestId, LiveRequest] = {}
         self._running: dict[RequestId, LiveRequest] = {}
         self._waiting: dict[RequestId, LiveRequest] = {}
+        self._groups: dict[RequestId, list[LiveRequest]] = {}
+        """By parent, the sequences that are here."""
+        self._held = 0
+        """Those of them that wait for another one to compute their prompt first."""
+        self._ripe: dict[RequestId, None] = {}
+        """Parents of which more may be let into the queue."""
         self._released: list[RequestId] = []
         self._in_flight: _InFlight | None = None
         self._committed: _InFlight | None = None
@@ -175,7 +181,7 @@ class EngineCore:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._held
 
     @property
     def digest(self) -> str:
@@ -193,7 +199,7 @@ class EngineCore:
             index=self.replica,
             as_of=now,
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=self.waiting,
             blocks_free=pool.available,
             blocks_total=pool.total,
             block_size=pool.block_size,
@@ -221,8 +227,14 @@ class EngineCore:
     # -- requests come and go ------------------------------------------------------------------------
 
     def add(self, request: Request, now: int, decision: Decision = DIRECT) -> None:
-        """Take a request in; it waits from now on. Raises `RequestRefused` if it could never fit."""
-        if request.id in self._requests:
+        """Take a request in; it waits from now on. Raises `RequestRefused` if it could never fit.
+
+        One that asks for several outputs becomes as many sequences. The first computes the prompt; the others are
+        held until it has, and then share its blocks.
+        """
+        sequences = request.sequences()
+        taken = request.id in self._requests or request.id in self._groups
+        if taken or (request.n > 1 and any(sequence.id in self._requests for sequence in sequences)):
             raise RequestRefused(request.id, "a request of this id is being served", needed=1, available=0)
         tokens = len(request.prompt) + request.output_limit
         if tokens > self.capacity.max_context:
@@ -245,18 +257,53 @@ class EngineCore:
                 needed=needed,
                 available=self.pool.total,
             )
-        live = LiveRequest(request, self._seq, decision, self.pool.block_size, self._predict(request, now))
-        live.keep, live.peak = keep, peak
-        live.plain = live.plain and keep is None
-        self._load.to_compute += live.known
-        self._load.expected += live.predicted
-        self._seq += 1
+        group: list[LiveRequest] = []
+        for sequence in sequences:
+            foreseen = self._predict(sequence, now)
+            live = LiveRequest(sequence, self._seq, decision, self.pool.block_size, foreseen)
+            live.keep, live.peak = keep, peak
+            live.plain = live.plain and keep is None
+            self._load.to_compute += live.known
+            self._load.expected += live.predicted
+            self._seq += 1
+            self._requests[sequence.id] = live
+            group.append(live)
+            live.status = "held"
+        if request.n > 1:
+            self._groups[request.id] = group
+            for live in group:
+                live.group = group
+        self._held += len(group)
+        self._let_in(group[0], now)
+
+    def _let_in(self, live: LiveRequest, now: int) -> None:
+        """A request that was held waits in the queue from now on."""
+        live.status = "waiting"
+        self._held -= 1
         self._repeats = 0
-        self._requests[request.id] = self._waiting[request.id] = live
+        self._waiting[live.request.id] = live
         self._call(self.policy.on_arrival, live.view, now)
 
+    def _settle_groups(self, now: int) -> None:
+        """Let in the sequences whose prompt one of their group has; or the next one, if nobody is to compute it."""
+        for parent in self._ripe:
+            group = self._groups.get(parent, ())
+            held = [live for live in group if live.status == "held"]
+            active = [live for live in group if live.status != "held"]
+            ready = any(live.output for live in active)
+            for live in held if ready else held[: not active]:
+                self._let_in(live, now)
+        self._ripe.clear()
+
     def abort(self, request_id: RequestId, now: int) -> bool:
-        """End a request in any state; False if it isn't here. One that is being computed ends at commit."""
+        """End a request in any state; False if it isn't here. One that is being computed ends at commit.
+
+        Of a request with several outputs, all that are here end; each can be ended alone by its own id.
+        """
+        if request_id in self._groups:
+            for name in [member.request.id for member in self._groups[request_id]]:
+                self.abort(name, now)
+            return True
         live = self._requests.get(request_id)
         if live is None:
             return False
@@ -293,6 +340,9 @@ class EngineCore:
         self._requests.clear()
         self._running.clear()
         self._waiting.clear()
+        self._groups.clear()
+        self._ripe.clear()
+        self._held = 0
 
     # -- the scheduling loop -------------------------------------------------------------------------
 
@@ -302,6 +352,8 @@ class EngineCore:
             raise RuntimeError(f"plan() before commit() of step {self._in_flight.plan.index}")
         self.host.settle()
         self._repeats = 0
+        if self._ripe:
+            self._settle_groups(now)
         self._evicting("expired", self.pool.expire, now)
         step = StepBuilder(
             self._index,
@@ -360,13 +412,13 @@ class EngineCore:
         if flight.together:
             # All of them have their token before any of them ends, as where they are kept as sums.
             received = [
-                (live, item, *self._apply(live, item, tokens, plan.index, now))
+                (live, item, *self._apply(live, item, tokens, plan.index, now, result.stopped))
                 for live, item in work[: flight.together]
             ]
             for live, item, token, finished in received:
                 self._conclude(live, item, token, finished, result, emissions, now)
         for live, item in work[flight.together :]:
-            token, finished = self._apply(live, item, tokens, plan.index, now)
+            token, finished = self._apply(live, item, tokens, plan.index, now, result.stopped)
             self._conclude(live, item, token, finished, result, emissions, now)
         flight.released_commit = self._count()[2]
         flight.ranks = result.ranks
@@ -385,7 +437,13 @@ class EngineCore:
                 self._end(live, "finished", "length", now)
 
     def _apply(
-        self, live: LiveRequest, work: Work, tokens: Iterator[int], step: int, now: int
+        self,
+        live: LiveRequest,
+        work: Work,
+        tokens: Iterator[int],
+        step: int,
+        now: int,
+        stopped: Container[RequestId],
     ) -> tuple[int, Literal["length", "stop"] | None]:
         """A request's work is done: its token, if that gave one, and why that was the last."""
         live.granted = 0
@@ -395,7 +453,7 @@ class EngineCore:
         if not work.samples:
             return 0, None
         token = next(tokens)
-        return token, self._receive(live, token, now)
+        return token, self._receive(live, token, now, stopped)
 
     def _conclude(
         self,
@@ -420,7 +478,11 @@ class EngineCore:
             self._end(live, "aborted", "aborted", now)
         elif finished is not None:
             self._end(live, "finished", finished, now)
-        elif work.samples and live.plain and not live.steady:
+        if self._held and live.group and work.samples:
+            self._ripe[live.request.parent] = None
+        if live.status == "ended":
+            return
+        if work.samples and live.plain and not live.steady:
             self._decodes.join(live)
 
     def observe(self, timing: StepTiming) -> None:
@@ -480,6 +542,8 @@ class EngineCore:
         """Conservation laws, as code: blocks, tables, statuses. Raises AssertionError."""
         self.pool.check([live.blocks for live in self._requests.values()])
         self.host.check([live.host for live in self._requests.values()])
+        held = sum(live.status == "held" for live in self._requests.values())
+        assert held == self._held, f"{held} sequences are held, {self._held} are counted"
         everybody = [live.now() for live in self._requests.values()]
         self._decodes.check(self._running)
         expected = _Load(
@@ -513,8 +577,9 @@ class EngineCore:
         moves = (tuple(step.swap_out), tuple(step.swap_in))
         compactions = tuple(step.compactions)
         decoding = step.decoding
+        copies = tuple(step.copies)
         self._digest = chain(
-            self._digest, self._index, work, preempted, rejected, *moves, decoding, compactions
+            self._digest, self._index, work, preempted, rejected, *moves, decoding, compactions, copies
         )
         listed: Sequence[Work] = work
         if decoding.seqs:
@@ -540,6 +605,7 @@ class EngineCore:
             released=tuple(self._released),
             compactions=compactions,
             decodes=decoding,
+            copies=copies,
         )
         self._released.clear()
         self._index += 1
@@ -558,7 +624,7 @@ class EngineCore:
                 prefill += work.tokens
         allocated, evicted, released = self._count()
         return _InFlight(
-            plan, granted, len(step.together), len(self._running), len(self._waiting), prefill, decode, context,
+            plan, granted, len(step.together), len(self._running), self.waiting, prefill, decode, context,
             self.pool.free, self.pool.cached, allocated, evicted, released, samples,
         )  # fmt: skip
 
@@ -568,14 +634,19 @@ class EngineCore:
         self._counted = (pool.allocated, pool.evicted, pool.released)
         return (pool.allocated - before[0], pool.evicted - before[1], pool.released - before[2])
 
-    def _receive(self, live: LiveRequest, token: int, now: int) -> Literal["length", "stop"] | None:
-        """One generated token arrives at `now`; says whether it was the last."""
+    def _receive(
+        self, live: LiveRequest, token: int, now: int, stopped: Container[RequestId]
+    ) -> Literal["length", "stop"] | None:
+        """One generated token arrives at `now`; says whether it was the last. `stopped`: those ended by their text."""
         live.known += 1
         live.output.append(token)
         live.token_times.append(now)
         self._load.expected -= len(live.output) <= live.predicted
         request = live.request
-        if request.output_len is None and token in request.stop_ids:
+        if request.output_len is None and (
+            (token in request.stop_ids and len(live.output) > request.sampling.min_tokens)
+            or request.id in stopped
+        ):
             return "stop"
         if live.known - live.prompt_tokens >= request.output_limit:
             return "length"
@@ -586,7 +657,7 @@ class EngineCore:
     def _end(self, live: LiveRequest, outcome: Outcome, reason: str, now: int) -> None:
         name = live.request.id
         self._decodes.drop(live)
-        if not self._repeats_past_ends:
+        if self._held or not self._repeats_past_ends:
             self._repeats = 0
         del self._requests[name]
         self._running.pop(name, None)
@@ -595,7 +666,11 @@ class EngineCore:
         load.to_compute -= live.known - live.computed
         load.expected -= max(live.predicted - len(live.output), 0)
         load.context -= live.computed - live.dropped if live.status == "running" else 0
+        unheard = live.status == "held"
+        self._held -= unheard
         live.status = "ended"
+        if live.group:
+            self._leave_group(live)
         if live.seen:
             self._released.append(name)
         # Recorded before any policy hears of it: what a hook raises must not cost the record.
@@ -605,12 +680,21 @@ class EngineCore:
         self.host.release(live.host)
         live.blocks, live.host = [], []
         said = reason if outcome == "finished" else outcome
-        self._call(self.policy.on_finish, live.view, said, now)
+        if not unheard:
+            self._call(self.policy.on_finish, live.view, said, now)
         if self._predictor is not None and outcome == "finished":
             self._predicting(self._predictor.on_finish, live.request, len(live.output), now)
         if self.on_ended is not None:
             self.on_ended(record, now)
         del live.view  # whoever has it may keep it; but a circle would wait for the cycle collector
+
+    def _leave_group(self, live: LiveRequest) -> None:
+        parent = live.request.parent
+        live.group.remove(live)
+        if live.group:
+            self._ripe[parent] = None
+        else:
+            del self._groups[parent]
 
     def _predict(self, request: Request, now: int) -> int:
         if self._predictor is None:

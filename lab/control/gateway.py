@@ -7,14 +7,36 @@ only `ReplicaView`s, which say how old they are, and are told how what they let 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from lab.control.blame import blame
 from lab.control.fleet import Fleet
 from lab.control.observer import Decision, Interval, Observer, RequestRecord
-from lab.control.request import Request
+from lab.control.request import Request, RequestId
 from lab.errors import PolicyError, RequestRefused
 from lab.policy import AdmissionPolicy, Ended, RoutingPolicy, Verdict
+
+
+@dataclass(slots=True)
+class _Group:
+    """A request with several outputs: policies decided once on it, and hear once of it."""
+
+    request: Request
+    records: list[RequestRecord] = field(default_factory=list)
+
+    def ended(self) -> Ended:
+        """Finished if every sequence was; else as the first that wasn't."""
+        records, arrival = self.records, self.request.arrival
+        unlike = [record for record in records if record.outcome != "finished"]
+        firsts = [record.token_times[0] for record in records if record.token_times]
+        return Ended(
+            (unlike or records)[0].outcome,
+            records[0].decision.replica,
+            min(firsts) - arrival if firsts else None,
+            records[-1].end - arrival,
+            sum(len(record.token_times) for record in records),
+        )
 
 
 class Gateway:
@@ -29,6 +51,8 @@ class Gateway:
     ) -> None:
         self._admission, self._routing, self._fleet = admission, routing, fleet
         self._observer = observer or Observer()
+        self._groups: dict[RequestId, _Group] = {}
+        """Requests with several outputs whose feedback isn't complete."""
         # Feedback costs a call per request, so policies that don't listen are never told.
         self._listeners: list[tuple[str, Callable[..., Any]]] = []
         if type(admission).on_finish is not AdmissionPolicy.on_finish:
@@ -57,9 +81,12 @@ class Gateway:
         core = self._fleet.ready(replica)
         assert core is not None  # checked by _route
         decision = Decision(True, verdict.reason, replica, why, ingest_lag)
+        if request.n > 1:
+            self._groups[request.id] = _Group(request)
         try:
             core.add(request, now, decision)
         except RequestRefused as refusal:
+            self._groups.pop(request.id, None)
             # Both policies had let it pass, and may be counting what is in flight.
             self._tell(request, Ended("rejected", replica, None, now - request.arrival, 0), now)
             reason = f"{refusal.reason} (needs {refusal.needed}, has {refusal.available})"
@@ -69,6 +96,15 @@ class Gateway:
 
     def ended(self, record: RequestRecord, now: int) -> None:
         """A request that was let in has ended: told to the policies that want to know, and to the fleet."""
+        group = self._groups.get(record.request.parent) if record.request.parent else None
+        if group is not None:
+            group.records.append(record)
+            if len(group.records) == group.request.n:
+                del self._groups[group.request.id]
+                self._fleet.ended(all(part.met_objectives for part in group.records))
+                if self._listeners:
+                    self._tell(group.request, group.ended(), now)
+            return
         self._fleet.ended(record.met_objectives)
         if not self._listeners:
             return

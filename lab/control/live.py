@@ -112,6 +112,7 @@ class LiveRequest:
         "dropped",
         "dropped_tokens",
         "granted",
+        "group",
         "host",
         "intervals",
         "keep",
@@ -168,6 +169,8 @@ class LiveRequest:
         self.seen = False
         """The data plane has been told of this request."""
         self.aborting = False
+        self.group: list[LiveRequest] = []
+        """The sequences of its parent that are here, itself included; empty if it has none."""
         self.cached_tokens = self.cached_blocks = self.computed_tokens = self.preemptions = 0
         self.token_times: list[int] = []
         self.intervals: list[Interval] = []

@@ -117,6 +117,10 @@ class StepPlan:
     """Sums over the first `decodes.seqs` of `work`, where the engine keeps them as aggregates: `work` then
     lists them only when asked, before the commit. What needs no list uses `decodes` and `items`."""
 
+    copies: tuple[Move, ...] = ()
+    """Copies within the device, (source block, its copy), of blocks that others hold and the request writes into.
+    Carried out after `swap_out` and before `swap_in`, all at once."""
+
     def __bool__(self) -> bool:
         """False when there is nothing to execute and nothing was decided."""
         return bool(self.decodes.seqs or self.work or self.preempted or self.rejected)
@@ -146,6 +150,11 @@ class StepPlan:
         """Tokens whose KV is given up."""
         return sum(item.tokens for item in self.compactions)
 
+    @property
+    def copied_blocks(self) -> int:
+        """Blocks copied within the device."""
+        return sum(len(move.pairs) for move in self.copies)
+
 
 @lru_cache(maxsize=1 << 14)
 def weight(request: RequestId) -> int:
@@ -167,6 +176,7 @@ def chain(
     swap_in: Sequence[Move] = (),
     decodes: Decoding = NO_DECODES,
     compactions: Sequence[Compaction] = (),
+    copies: Sequence[Move] = (),
 ) -> str:
     """Digest of a plan's decisions chained over `previous` (blake2b, 128 bits, hex).
 
@@ -194,11 +204,11 @@ def chain(
     for request, ids in blocks:
         name = request.encode()
         parts += (struct.pack("<ii", len(name), len(ids)), array("i", ids).tobytes(), name)
-    if preempted or rejected or swap_out or swap_in:
+    if preempted or rejected or swap_out or swap_in or copies:
         for mark_, pairs in (("preempted", preempted), ("rejected", rejected)):
             for request, word in pairs:
                 parts.append(f"\x1e{mark_}\x1f{request}\x1f{word}".encode())
-        for mark_, moves in (("out", swap_out), ("in", swap_in)):
+        for mark_, moves in (("out", swap_out), ("in", swap_in), ("copy", copies)):
             for move in moves:
                 parts.append(f"\x1e{mark_}\x1f{move.request}\x1f{move.pairs}".encode())
     for gone in compactions:
@@ -211,9 +221,8 @@ def chain(
 def digest_of(previous: str, plan: StepPlan) -> str:
     """The digest that a plan should carry when it follows one of digest `previous`."""
     moves = (plan.swap_out, plan.swap_in)
-    return chain(
-        previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves, compactions=plan.compactions
-    )
+    changes = (plan.compactions, plan.copies)
+    return chain(previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves, NO_DECODES, *changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +269,8 @@ class StepResult:
     """Choosing and moving KV that compression keeps, after the rest."""
     ranks: tuple[RankTiming, ...] = ()
     """Each rank's share, where several computed the step; the phases above are then those of rank 0."""
+    stopped: frozenset[RequestId] = frozenset()
+    """Requests whose text has reached one of their stop strings with this token."""
 
     @property
     def duration_ns(self) -> int:

@@ -8,8 +8,9 @@ let both backends see exactly the same shared prefixes, and give the engine real
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 RequestId: TypeAlias = str
@@ -87,10 +88,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. `temperature == 0` is greedy and ignores the rest.
+    """How the next token is drawn. `temperature == 0` is greedy and ignores the filters.
 
     The draw depends on (seed, position) alone, so it is the same in any batch.
     `logprobs` asks for that many alternatives beside the chosen token's own log-probability.
+
+    Logits are changed in this order: `logit_bias` (token id, number) is added; what stands in prompt or output is
+    divided by `repetition_penalty` where positive and multiplied by it where negative; what stands in the output
+    loses `frequency_penalty` for each time and `presence_penalty` once; until there are `min_tokens` tokens no
+    stop token can be drawn, and no stop string ends the request.
     """
 
     temperature: float = 0.0
@@ -99,18 +105,56 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
+        repetition = self.repetition_penalty
         checks = (
             ("temperature", self.temperature, self.temperature >= 0, ">= 0"),
             ("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 keeps all)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]"),
             ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, ">= 0"),
+            (
+                "repetition_penalty",
+                repetition,
+                0 < repetition < math.inf,
+                "a finite number above 0 (1: none)",
+            ),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                math.isfinite(self.presence_penalty),
+                "a finite number",
+            ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                math.isfinite(self.frequency_penalty),
+                "a finite number",
+            ),
+            ("min_tokens", self.min_tokens, self.min_tokens >= 0, ">= 0"),
         )
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(
+                    f"sampling parameter logit_bias has {bias} for token {token}; expected token ids >= 0 and "
+                    "finite numbers"
+                )
         for name, value, good, expected in checks:
             if not good:
                 raise ValueError(f"sampling parameter {name} is {value}; expected {expected}")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether logits depend on the tokens before, or on a bias."""
+        return bool(
+            self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        )
 
 
 GREEDY = SamplingParams()
@@ -122,7 +166,8 @@ class Request:
 
     `output_len` forces the number of generated tokens and ignores EOS: the experiments' mode, where a
     generated token enters the prefix cache as an identity (request, position). With `output_len=None`
-    generation ends at `max_tokens` or at a token of `stop_ids`, and real tokens are the content.
+    generation ends at `max_tokens`, at a token of `stop_ids`, or with a text of `stop` (which only a data plane
+    with a tokenizer can see), and real tokens are the content.
     """
 
     id: RequestId
@@ -138,6 +183,12 @@ class Request:
     ttft_slo: int | None = None
     tpot_slo: int | None = None
     cache_salt: str = ""
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    """Outputs wanted: more than one become as many sequences where the request enters an engine (`sequences`)."""
+    parent: RequestId = ""
+    sample: int = 0
+    """Of one such sequence: the request that it belongs to, and its number there, from 1."""
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 1:
@@ -146,6 +197,15 @@ class Request:
             raise ValueError(f"request '{self.id}' arrives at {self.arrival} ns; expected >= 0")
         if self.output_limit < 1:
             raise ValueError(f"request '{self.id}' may generate {self.output_limit} tokens; expected >= 1")
+        if self.n < 1:
+            raise ValueError(f"request '{self.id}' asks for {self.n} outputs (n); expected >= 1")
+        if self.sampling.min_tokens > self.output_limit:
+            raise ValueError(
+                f"request '{self.id}' is to generate {self.sampling.min_tokens} tokens or more (min_tokens) and at "
+                f"most {self.output_limit}; expected the first to be no more than the second"
+            )
+        if not all(self.stop):
+            raise ValueError(f"request '{self.id}' has an empty stop string; expected at least 1 character")
 
     @property
     def output_limit(self) -> int:
@@ -154,5 +214,25 @@ class Request:
 
     @property
     def output_stream(self) -> int:
-        """The synthetic text that stands for this request's forced output, for a later turn to quote."""
-        return stream_of("output", self.id)
+        """The synthetic text that stands for this request's forced output, for a later turn to quote.
+
+        Of several outputs a later turn quotes the first.
+        """
+        return stream_of("output", self.parent if self.sample == 1 else self.id)
+
+    def sequences(self) -> tuple[Request, ...]:
+        """Itself; or of `n` outputs one request each, called `ID#1` to `ID#n`, with seeds of their own."""
+        if self.n == 1:
+            return (self,)
+        seed = self.sampling.seed
+        return tuple(
+            replace(
+                self,
+                id=f"{self.id}#{i}",
+                n=1,
+                parent=self.id,
+                sample=i,
+                sampling=replace(self.sampling, seed=stream_of("sample", seed, i) >> 1),
+            )
+            for i in range(1, self.n + 1)
+        )

@@ -115,6 +115,7 @@ class StepBuilder:
         self.swap_out: list[Move] = []
         self.swap_in: list[Move] = []
         self.compactions: list[Compaction] = []
+        self.copies: list[Move] = []
 
     # -- what a policy reads -----------------------------------------------------------------------
 
@@ -230,16 +231,22 @@ class StepBuilder:
         if self._cost(held, self._held(live, reach), hits) > room:
             return Grant(0, Shortage.BLOCKS)
 
+        fork: Block | None = None
         if live.status == "waiting":
+            if live.group and (donor := self._donor(live)) is not None and computed % pool.block_size:
+                fork = donor.blocks[held]
             self._admit(live, hits)
             before = 0
         else:
             before = len(live.blocks)
             if live.steady:
                 self._step_out(live)
-        self._extend(live, computed + granted - live.dropped)
+        begun = bool(live.host) or fork is not None
+        self._extend(live, computed + granted - live.dropped, begun=begun)
         if live.host:
             self._swap_in(live, held)
+        if fork is not None and fork is not live.blocks[held]:
+            self.copies.append(Move(live.request.id, ((fork.id, live.blocks[held].id),)))
         self.tokens_left -= granted
         live.granted = granted
         self.granted.append(live)
@@ -330,14 +337,20 @@ class StepBuilder:
     def _admit(self, live: LiveRequest, hits: list[Block]) -> None:
         del self._waiting[live.request.id]
         self._running[live.request.id] = self.decodes.others[live.request.id] = live
-        self._pool.pin(hits, self.now, live.request)
+        kept, ready = live.computed, self._ready(live, hits)
+        if live.group and self._donor(live) is not None:
+            self._pool.share(hits, self.now, live.request)
+        else:
+            self._pool.pin(hits, self.now, live.request)
         live.status = "running"
         live.blocks = hits
         live.published = len(hits)
-        kept, live.computed = live.computed, self._ready(live, hits)
+        live.computed = ready
         self._on_admit(live, live.computed - kept)
         if not live.preemptions:
-            live.cached_blocks, live.cached_tokens = len(hits), live.computed
+            # What another sequence of its parent lends is no hit where there is no prefix cache.
+            live.cached_blocks = len(hits) if self._pool.prefix_cache else 0
+            live.cached_tokens = live.cached_blocks * self._pool.block_size
         # Swapped back in with its last token to come, it goes on decoding.
         decoding = kept and live.output and live.known - live.computed == 1
         live.enter("decode" if decoding else "prefill", self.now)
@@ -353,7 +366,10 @@ class StepBuilder:
         live.host = []
 
     def _ready(self, live: LiveRequest, hits: list[Block]) -> int:
-        """Tokens of a waiting request that need no computing: cached ones, or those parked in host memory."""
+        """Tokens of a waiting request that need no computing: cached ones, those parked in host memory, or the
+        prompt that another sequence of its parent holds."""
+        if live.group and self._donor(live) is not None:
+            return min(live.prompt_tokens, live.known - 1)
         return max(len(hits) * self._pool.block_size, live.computed)
 
     def _ask(self, question: Callable[..., Any], *args: object) -> Any:
@@ -365,8 +381,26 @@ class StepBuilder:
             name = f"preemption policy '{type(self._preemption).__name__}'"
             raise blame(error, name, f"in {question.__name__}, step {self.index}") from error
 
-    def _extend(self, live: LiveRequest, tokens: int) -> None:
-        """Take blocks for the first `tokens` tokens and publish those that this step completes."""
+    def _donor(self, live: LiveRequest) -> LiveRequest | None:
+        """Who lends its prompt to a waiting sequence of the same parent: one that has computed all of it."""
+        # With its own output in the prefix cache it does better, and compressed KV is changed where it lies.
+        if live.host or live.keep is not None or (live.output and self._pool.prefix_cache):
+            return None
+        for other in live.group:
+            # What was admitted in this very step may get its blocks' content in it: too late to copy from.
+            if (
+                other.status == "running"
+                and other.now().computed >= live.prompt_tokens
+                and all(other is not fresh for fresh in self.admitted)
+            ):
+                return other
+        return None
+
+    def _extend(self, live: LiveRequest, tokens: int, *, begun: bool = False) -> None:
+        """Take blocks for the first `tokens` tokens and publish those that this step completes.
+
+        `begun`: content is copied to where the first block that is taken begins.
+        """
         pool, now, size, user = self._pool, self.now, self._pool.block_size, live.request
         wanted = -(-tokens // size)
         if not pool.prefix_cache:
@@ -374,9 +408,9 @@ class StepBuilder:
                 live.blocks.append(pool.take(now))
             return
         full = tokens // size
-        # What comes back from the host may end within a block: a cached block with all of that content must not be
-        # taken for it, since the copy would overwrite its end.
-        knowable = min(wanted, full if live.host else live.known // size)
+        # What is copied may end within a block: a cached block with all of that content must not be taken for it,
+        # since the copy would overwrite its end.
+        knowable = min(wanted, full if begun else live.known // size)
         published = live.published
         keys = live.chain.upto(knowable) if knowable > published else live.chain.keys
         missing = wanted - len(live.blocks)
@@ -398,6 +432,8 @@ class StepBuilder:
     def _hits(self, live: LiveRequest) -> list[Block]:
         """Cached leading blocks; at least the last known token is left to compute, since its logits are needed."""
         pool = self._pool
+        if live.group and live.status == "waiting" and (donor := self._donor(live)) is not None:
+            return donor.blocks[: self._ready(live, []) // pool.block_size]
         if not pool.prefix_cache:
             return []
         limit = (live.known - 1) // pool.block_size

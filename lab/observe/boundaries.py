@@ -252,8 +252,13 @@ DECLARED: tuple[Boundary, ...] = (
         plane="data",
         path="state",
         emitted_at=_EXECUTOR,
-        doc="KV blocks of swapped requests were copied to the host, then others back. Absent when none was.",
-        attributes=(("lab.kv.blocks_out", "int"), ("lab.kv.blocks_in", "int")),
+        doc="KV blocks of swapped requests were copied to the host, then others back; blocks that several outputs of a "
+        "request share were copied before one writes on. Absent when none was.",
+        attributes=(
+            ("lab.kv.blocks_out", "int"),
+            ("lab.kv.blocks_in", "int"),
+            ("lab.kv.blocks_copied", "int"),
+        ),
     ),
     Boundary(
         name="step.prepare",

@@ -37,11 +37,22 @@ WORKLOAD: tuple[Column[Request], ...] = (
     ("ttft_slo_ns", "int64", lambda r: r.ttft_slo),
     ("tpot_slo_ns", "int64", lambda r: r.tpot_slo),
     ("cache_salt", "string", lambda r: r.cache_salt),
+    ("stop", "list<string>", lambda r: r.stop),
+    ("n", "int64", lambda r: r.n),
+    ("parent", "string", lambda r: r.parent),
+    ("sample", "int64", lambda r: r.sample),
+    ("min_tokens", "int64", lambda r: r.sampling.min_tokens),
+    ("repetition_penalty", "double", lambda r: r.sampling.repetition_penalty),
+    ("presence_penalty", "double", lambda r: r.sampling.presence_penalty),
+    ("frequency_penalty", "double", lambda r: r.sampling.frequency_penalty),
+    ("logit_bias", "biases", lambda r: [{"token": t, "bias": b} for t, b in r.sampling.logit_bias]),
 )
 
 REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("id", "string", lambda r: r.request.id),
     ("seq", "int64", lambda r: r.seq),
+    ("parent", "string", lambda r: r.request.parent),
+    ("sample", "int64", lambda r: r.request.sample),
     ("tenant", "string", lambda r: r.request.tenant),
     ("session", "string", lambda r: r.request.session),
     ("priority", "int64", lambda r: r.request.priority),
@@ -106,6 +117,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("preempted", "int64", lambda s: len(s.plan.preempted)),
     ("moved_blocks", "int64", lambda s: s.plan.moved_blocks),
     ("dropped_tokens", "int64", lambda s: s.plan.dropped_tokens),
+    ("copied_blocks", "int64", lambda s: s.plan.copied_blocks),
     ("rejected", "int64", lambda s: len(s.plan.rejected)),
     ("digest", "string", lambda s: s.plan.digest),
     ("ranks", "ranks", lambda s: [dataclasses.asdict(part) for part in s.ranks]),
@@ -132,6 +144,9 @@ PLANS: tuple[Column[StepRecord], ...] = (
     ("rejected", "list<string>", lambda s: [request for request, _ in s.plan.rejected]),
     ("rejected_reason", "list<string>", lambda s: [reason for _, reason in s.plan.rejected]),
     ("released", "list<string>", lambda s: s.plan.released),
+    ("copy_request", "list<string>", lambda s: [m.request for m in s.plan.copies]),
+    ("copy_from", "list<list<int32>>", lambda s: [[a for a, _ in m.pairs] for m in s.plan.copies]),
+    ("copy_to", "list<list<int32>>", lambda s: [[b for _, b in m.pairs] for m in s.plan.copies]),
 )
 
 FLEET: tuple[Column[FleetEvent], ...] = (

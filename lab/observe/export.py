@@ -75,6 +75,11 @@ def read_workload(path: Path) -> list[Request]:
                 min_p=row["min_p"],
                 seed=row["sampling_seed"],
                 logprobs=row["logprobs"],
+                repetition_penalty=row["repetition_penalty"],
+                presence_penalty=row["presence_penalty"],
+                frequency_penalty=row["frequency_penalty"],
+                logit_bias=tuple((item["token"], item["bias"]) for item in row["logit_bias"]),
+                min_tokens=row["min_tokens"],
             ),
             tenant=row["tenant"],
             session=row["session"],
@@ -82,6 +87,10 @@ def read_workload(path: Path) -> list[Request]:
             ttft_slo=row["ttft_slo_ns"],
             tpot_slo=row["tpot_slo_ns"],
             cache_salt=row["cache_salt"],
+            stop=tuple(row["stop"]),
+            n=row["n"],
+            parent=row["parent"],
+            sample=row["sample"],
         )
         for row in read(path, WORKLOAD)
     ]
@@ -89,7 +98,7 @@ def read_workload(path: Path) -> list[Request]:
 
 def read_requests(path: Path, workload: Iterable[Request]) -> list[RequestRecord]:
     """What `write_requests` wrote, with the requests themselves from the workload."""
-    known = {request.id: request for request in workload}
+    known = _known(workload)
     return [
         RequestRecord(
             request=known[row["id"]],
@@ -134,7 +143,7 @@ def read_requests(path: Path, workload: Iterable[Request]) -> list[RequestRecord
 
 def read_plans(path: Path, workload: Iterable[Request]) -> list[StepPlan]:
     """What `write_plans` wrote, with the new requests from the workload."""
-    known = {request.id: request for request in workload}
+    known = _known(workload)
     return [_plan(row, known) for row in read(path, PLANS)]
 
 
@@ -167,6 +176,11 @@ def read_fleet(path: Path) -> list[FleetEvent]:
 # -- inside --------------------------------------------------------------------------------------------
 
 
+def _known(workload: Iterable[Request]) -> dict[str, Request]:
+    """Requests by id, and the sequences of those that ask for several outputs."""
+    return {known.id: known for request in workload for known in (request, *request.sequences())}
+
+
 def _plan(row: dict[str, Any], known: dict[str, Request]) -> StepPlan:
     columns = ("request", "start", "tokens", "samples", "blocks", "dropped")
     work = zip(*(row[column] for column in columns), strict=True)
@@ -188,6 +202,12 @@ def _plan(row: dict[str, Any], known: dict[str, Request]) -> StepPlan:
         ),
         rejected=tuple(zip(row["rejected"], row["rejected_reason"], strict=True)),
         released=tuple(row["released"]),
+        copies=tuple(
+            Move(request, tuple(zip(source, copy, strict=True)))
+            for request, source, copy in zip(
+                row["copy_request"], row["copy_from"], row["copy_to"], strict=True
+            )
+        ),
     )
 
 

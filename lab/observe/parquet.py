@@ -42,6 +42,8 @@ def _arrow(kind: str) -> Any:
         times = [("start_ns", pa.int64()), ("end_ns", pa.int64())]
         steps = [("first_step", pa.int64()), ("last_step", pa.int64())]
         return pa.list_(pa.struct([("phase", pa.string()), *times, ("cause", pa.string()), *steps]))
+    if kind == "biases":
+        return pa.list_(pa.struct([("token", pa.int64()), ("bias", pa.float64())]))
     if kind == "moves":
         blocks = [("device", pa.list_(pa.int32())), ("host", pa.list_(pa.int32()))]
         return pa.list_(pa.struct([("request", pa.string()), *blocks]))

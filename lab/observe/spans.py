@@ -189,8 +189,9 @@ def step_spans(
     )
     yield row
     ready = planned + timing.transfer_ns
-    if plan.swap_out or plan.swap_in:
-        moved = [sum(len(move.pairs) for move in moves) for moves in (plan.swap_out, plan.swap_in)]
+    if plan.swap_out or plan.swap_in or plan.copies:
+        kinds = (plan.swap_out, plan.swap_in, plan.copies)
+        moved = [sum(len(move.pairs) for move in moves) for moves in kinds]
         yield _row(_TRANSFER, trace, index, row.span_id, planned, ready, *moved)
     prepared = ready + timing.prepare_ns
     forwarded = prepared + timing.forward_ns

@@ -122,6 +122,15 @@ class BlockPool:
             if not self.by_release:
                 self._eviction.on_hit(block, now)
 
+    def share(self, blocks: Sequence[Block], now: int, user: Request | None = None) -> None:
+        """`pin` blocks that another request holds, even where they can't be found by their content."""
+        for block in blocks:
+            assert block.refs, f"{block} is held by nobody"
+            if block.key:
+                self.pin((block,), now, user)
+            else:
+                block.refs += 1
+
     def take(
         self, now: int, key: bytes | None = None, parent: Block | None = None, user: Request | None = None
     ) -> Block:

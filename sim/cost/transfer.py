@@ -12,7 +12,8 @@ from sim.cost.model import CostModel
 class WithTransfers:
     """A cost model and, before its step, the plan's moves at the capacity's nominal bandwidth.
 
-    Out and in share the link one after another, and nothing is overlapped with the forward.
+    Out and in share the link one after another, and nothing is overlapped with the forward. Copies within the
+    device are counted like moves: no less than they cost.
     """
 
     def __init__(self, cost: CostModel, capacity: Capacity) -> None:
@@ -23,6 +24,7 @@ class WithTransfers:
 
     def step_time(self, plan: StepPlan) -> StepTiming:
         timing = self._cost.step_time(plan)
-        if not plan.moved_blocks:
+        blocks = plan.moved_blocks + plan.copied_blocks
+        if not blocks:
             return timing
-        return replace(timing, transfer_ns=self._capacity.transfer_ns(plan.moved_blocks))
+        return replace(timing, transfer_ns=self._capacity.transfer_ns(blocks))

@@ -39,3 +39,20 @@ def test_replayed_durations_give_identical_digests(
     assert (hits > 0) == prefix_cache
     if prefix_cache and blocks == 45:
         assert sum(step.evicted for step in real.steps) > 0
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "nocache"])
+@pytest.mark.parametrize("host_blocks", [0, 60], ids=["recompute", "swap"])
+def test_several_outputs_of_a_request_take_the_same_decisions(
+    host_blocks: int, prefix_cache: bool, tiny: LoadedModel
+) -> None:
+    setting = Setting(blocks=45, prefix_cache=prefix_cache, host_blocks=host_blocks)
+    requests = [dataclasses.replace(r, n=1 + i % 3) for i, r in enumerate(conversation(14))]
+    real = run_real(setting, tiny, requests)
+    sim, cost = run_replayed(setting, tiny, requests, real)
+    assert cost.parity(len(sim.steps))
+    assert sim.steps == real.steps
+    assert sum(step.plan.copied_blocks for step in real.steps) > 5
+    assert sum(len(step.plan.preempted) for step in real.steps) > 0
+    finished = [r for r in real.requests if r.outcome == "finished"]
+    assert len(finished) == sum(r.n for r in requests if r.id != "giant")

@@ -95,6 +95,7 @@ def make_request(rng: random.Random, number: int) -> Request:
             0.1,
             rng.randrange(2**40),
             rng.choice([None, 2]),
+            logit_bias=((3, -1.5), (9, 2.0)) if number % 2 else (),
         ),
         tenant=rng.choice(["", "blue"]),
         session=rng.choice(["", "s1"]),
@@ -102,6 +103,7 @@ def make_request(rng: random.Random, number: int) -> Request:
         ttft_slo=rng.choice([None, rng.randrange(500)]),
         tpot_slo=rng.choice([None, rng.randrange(200)]),
         cache_salt=rng.choice(["", "salt"]),
+        stop=("\n\n", "end") if number % 3 else (),
     )
 
 
@@ -187,8 +189,17 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
         if index % 3 == 1:
             spent = (timing.prepare_ns, timing.forward_ns, timing.sample_ns // 2)
             ranks = (RankTiming(0), RankTiming(1, 1, 0, *spent, communication_ns=timing.forward_ns // 2))
+        copies = tuple(Move(life.request.id, ((index, 3),)) for life in working[: index % 3])
         digest = chain(
-            digest, index, work, preempted, rejected, moves["out"], moves["in"], compactions=compactions
+            digest,
+            index,
+            work,
+            preempted,
+            rejected,
+            moves["out"],
+            moves["in"],
+            compactions=compactions,
+            copies=copies,
         )
         plan = StepPlan(
             index=index,
@@ -203,6 +214,7 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
             rejected=tuple(rejected),
             released=tuple(ended),
             compactions=tuple(compactions),
+            copies=copies,
         )
         decodes = [
             item.start >= len(life.request.prompt) and item.tokens == 1

@@ -39,6 +39,11 @@ requests = st.builds(
         min_p=st.floats(0, 1),
         seed=st.integers(-(2**63), 2**63 - 1),
         logprobs=st.none() | st.integers(0, 20),
+        repetition_penalty=st.floats(0, exclude_min=True, allow_infinity=False),
+        presence_penalty=st.floats(allow_infinity=False, allow_nan=False),
+        frequency_penalty=st.floats(allow_infinity=False, allow_nan=False),
+        logit_bias=st.lists(st.tuples(st.integers(0, 2**31), st.floats(-100, 100)), max_size=3).map(tuple),
+        min_tokens=st.integers(0, 1),
     ),
     tenant=st.text(st.characters(codec="utf-8")),
     session=st.text(st.characters(codec="utf-8")),
@@ -46,6 +51,10 @@ requests = st.builds(
     ttft_slo=st.none() | i64,
     tpot_slo=st.none() | i64,
     cache_salt=st.text(st.characters(codec="utf-8")),
+    n=st.integers(1, 9),
+    parent=st.text(st.characters(codec="utf-8")),
+    sample=st.integers(0, 9),
+    stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=2).map(tuple),
 )
 
 
