@@ -15,10 +15,11 @@ from lab.control.gateway import Gateway
 from lab.control.plan import GENESIS, StepPlan, digest_of
 from lab.control.request import Prompt, Request, Segment
 from lab.errors import RequestRefused
-from lab.policy import Ended
+from lab.policy import Ended, Step
 from policies.admission.always import Always
 from policies.eviction.lru import Lru
 from policies.routing.single import Single
+from policies.scheduling.fcfs import Fcfs
 from tests.control.harness import Notes, commit, drain, engine, fleet_of, request
 
 SCHEDULERS = plugins.names("policy")
@@ -66,6 +67,40 @@ def test_parent_and_sequences_end_in_any_state(end: str, after: int) -> None:
     assert outcomes == {f"a#{i}": "aborted" if f"a#{i}" in gone else "finished" for i in (1, 2, 3)}
     assert core.pool.held == 0
     assert not core.abort("a", now)
+
+
+def test_the_others_stay_held_when_one_of_them_goes() -> None:
+    core, notes = engine(chunk=12, prefix_cache=False)
+    core.add(request("a", 30, 5, n=3), 0)
+    commit(core, core.plan(0), 10)
+    core.abort("a#2", 10)
+    drain(core, 10, check=core.check)
+    assert {name: record.computed_tokens for name, record in notes.requests.items()} == {
+        "a#1": 34,
+        "a#2": 0,
+        "a#3": 5,
+    }
+
+
+def test_nothing_is_copied_from_blocks_that_are_swapped_in_by_the_same_step() -> None:
+    class Scripted(Fcfs):
+        def schedule(self, step: Step) -> None:
+            if step.index == 3:
+                assert step.preempt("a#1", "swap") == "swap"
+                step.preempt("a#2", "recompute")
+            else:
+                for name in ("a#1", "a#2"):
+                    if name in step.running or name in step.waiting:
+                        step.run(name)
+
+    core, _ = engine(
+        Scripted(), prefix_cache=False, block_size=4, capacity={"host_blocks": 9, "block_bytes": 1}
+    )
+    core.add(request("a", 10, 9, n=2), 0)
+    plans = drain(core, check=core.check)
+    assert [bool(plan.copies) for plan in plans[:5]] == [False, True, False, False, False]
+    assert plans[4].swap_in
+    assert [(work.start, work.tokens) for work in plans[4].work] == [(12, 1), (0, 12)]
 
 
 def test_names_of_a_group_are_taken() -> None:

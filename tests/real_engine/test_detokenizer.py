@@ -108,6 +108,10 @@ def test_a_stop_string_that_is_complete_too_early_is_text() -> None:
     assert "".join(parts(ids, ("b.",), 3)[0]) == "ab.a"
     assert "".join(parts(ids, ("b.",), 6)[0]) == "ab.ab.a"
     assert not parts(ids, ("b.",), 9)[1].stopped
+    # Held back as the beginning of one stop string, with another one in it that came too early.
+    ids = [BYTES.token_to_id(c) for c in "xabq"]
+    assert "".join(parts(ids, ("ab", "xaby"), 3)[0]) == "xabq"
+    assert "".join(parts(ids, ("ab", "xaby"), 2)[0]) == "x"
 
 
 def test_special_tokens_have_no_text() -> None:
