@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lab.assembly import ControlPlane, EngineSpec, assemble
@@ -14,7 +14,7 @@ from real_engine.executor import TorchExecutor
 from real_engine.models.loading import LoadedModel
 from sim.cost.replay import RecordedCost
 from sim.driver import Simulation
-from sim.executor import SimExecutor
+from sim.executor import Output, SimExecutor
 
 MS = 1_000_000
 
@@ -92,7 +92,11 @@ def finish(control: ControlPlane) -> None:
 
 
 def run_replayed(
-    setting: Setting, model: LoadedModel, requests: Sequence[Request], real: Recorder
+    setting: Setting,
+    model: LoadedModel,
+    requests: Sequence[Request],
+    real: Recorder,
+    outputs: Mapping[str, Output] | None = None,
 ) -> tuple[Recorder, RecordedCost]:
     capacity = setting.executor(model).capacity
     cost = RecordedCost(
@@ -102,6 +106,6 @@ def run_replayed(
     )
     recorder = Recorder()
     control = assemble(setting.spec, capacity, recorder, requests)
-    Simulation(control, SimExecutor(cost, capacity), requests).run()
+    Simulation(control, SimExecutor(cost, capacity, outputs or {}), requests).run()
     finish(control)
     return recorder, cost

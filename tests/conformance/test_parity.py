@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from lab.control.request import SamplingParams
 from real_engine.models.loading import LoadedModel
 from tests.conformance.sides import Setting, conversation, run_real, run_replayed
 
@@ -56,3 +57,39 @@ def test_several_outputs_of_a_request_take_the_same_decisions(
     assert sum(len(step.plan.preempted) for step in real.steps) > 0
     finished = [r for r in real.requests if r.outcome == "finished"]
     assert len(finished) == sum(r.n for r in requests if r.id != "giant")
+
+
+def test_a_run_that_stopped_by_text_and_tokens_replays_by_its_own_outputs(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Numbers:
+        """A tokenizer whose text of a token is its number."""
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(f"{token} " for token in ids)
+
+    monkeypatch.setattr(type(tiny), "tokenizer", lambda self: Numbers())
+    setting = Setting(blocks=45)
+    hot = SamplingParams(temperature=1.5, min_tokens=2)
+    requests = [
+        dataclasses.replace(
+            r,
+            output_len=None,
+            max_tokens=r.output_limit + 2,
+            stop=("1 ", "7 "),
+            stop_ids=tuple(range(100, 110)),
+            sampling=dataclasses.replace(hot, seed=i),
+            n=1 + i % 2,
+        )
+        for i, r in enumerate(conversation())
+    ]
+    real = run_real(setting, tiny, requests)
+    reasons = [r.reason for r in real.requests]
+    assert reasons.count("stop") > 5
+    assert reasons.count("length") > 1
+    assert min(len(r.output) for r in real.requests if r.reason == "stop") == 3
+    outputs = {r.request.id: (r.output, r.reason == "stop") for r in real.requests}
+    sim, cost = run_replayed(setting, tiny, requests, real, outputs)
+    assert cost.parity(len(sim.steps))
+    assert sim.steps == real.steps
+    assert sim.requests == real.requests
