@@ -1,12 +1,15 @@
-"""How fast the real engine is: `python experiments/benchmarks/engine.py [W1 ...] [lists=FILE] [torch]`.
+"""How fast the real engine is: `python experiments/benchmarks/engine.py [W1 ...] [lists=FILE] [torch] [int8]
+[openvino=VENV] [vllm=VENV]`.
 
 Four workloads, all submitted at once, greedy, EOS ignored: W1 64 requests of 32-256 prompt and 32-128 output tokens;
 W2 32 of 32 and 256; W3 32 of 512 and 16; W4 64 sharing a prefix of 256, with 32 of their own, and 32. Prompts are
 random ids (seed 0), or the token lists of a JSON file (plain or gzip), {"W1": [{"prompt": [...], "max_tokens": n}]}.
 
-Two marks stand beside the measured rate, both taken in the same process: the *floor*, what the matrix products alone
-of the very same steps would take at the pace measured for each number of rows; and, with `torch`, the same engine on
-plain torch (gather and SDPA) instead of its own kernels. With `device=cuda` neither: the engine as it opens there.
+Marks stand beside the measured rate, all taken in the same session. The *floor*: what the matrix products alone of the
+very same steps would take with torch's best (oneDNN, packed weights, bfloat16), at the pace measured for each number of
+rows. With `torch`, the same engine on plain torch (gather and SDPA, oneDNN) instead of its own kernels; with `int8`, on
+products of 8 bits. And other engines on the same weights and token lists, each from a virtual environment of its own
+(experiments/benchmarks/peers.py says what it needs). With `device=cuda` none: the engine as it opens there.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import peers  # beside this file
 import torch
+from torch import Tensor
 
 from lab.assembly import EngineSpec, assemble
 from lab.cli import guarded
@@ -31,16 +36,17 @@ from lab.config import Config, EngineConfig, KvConfig, ModelConfig, cache_dir
 from lab.console import Console
 from lab.control.request import Prompt, Request
 from lab.control.step import Limits
+from lab.errors import ModelError
 from lab.observe.recorder import Recorder
 from real_engine.attention.native_cpu import NativeAttention
 from real_engine.attention.torch_cpu import TorchAttention
 from real_engine.backend import open_backend
 from real_engine.driver import SteppedRun
 from real_engine.executor import TorchExecutor
+from real_engine.models.config import DecoderConfig
 from real_engine.models.decoder import Decoder
 from real_engine.models.linear import Linear
 from real_engine.models.loading import LoadedModel, load_model
-from real_engine.models.ops import TorchOps
 from real_engine.models.spec import ModelSpec
 from real_engine.native import library
 
@@ -88,18 +94,40 @@ def workloads(path: Path | None) -> dict[str, list[Request]]:
     }
 
 
-def run(
-    model: LoadedModel, attention: NativeAttention | TorchAttention, requests: Sequence[Request]
-) -> Result:
-    """Serve a workload from a cold cache, by the wall clock, control plane and recording included."""
-    executor = TorchExecutor(model, blocks=BLOCKS, attention=attention)
-    result = serve(executor, requests)
-    executor.close()
-    return result
+@dataclass(frozen=True)
+class Variant:
+    """Our engine, loaded and ready in one of its forms."""
+
+    name: str
+    model: LoadedModel
+    attention: NativeAttention | TorchAttention
+
+    @classmethod
+    def load(cls, name: str, notify: Callable[[str], None]) -> Variant:
+        cache = cache_dir(Config(), os.environ)
+        model = load_model(ModelSpec("smollm2", "bfloat16"), cache_dir=cache, notify=notify)
+        if name == "torch":
+            return cls(name, model, TorchAttention())
+        kernels = library.load(cache, notify)
+        if kernels is None or (name == "int8" and not kernels.has_products):
+            raise ModelError(
+                f"the variant '{name}' needs a compiler, and for int8 a processor that multiplies it"
+            )
+        assert isinstance(model.decoder, Decoder)
+        with torch.inference_mode():
+            model.decoder.use(kernels, int8=name == "int8")
+        return cls(name, model, NativeAttention(kernels))
+
+    def run(self, requests: Sequence[Request]) -> Result:
+        """Serve a workload from a cold cache, by the wall clock, control plane and recording included."""
+        executor = TorchExecutor(self.model, blocks=BLOCKS, attention=self.attention)
+        result = serve(executor, requests)
+        executor.close()
+        return result
 
 
 def serve(executor: TorchExecutor, requests: Sequence[Request]) -> Result:
-    """As `run`, on an executor that is kept."""
+    """As `Variant.run`, on an executor that is kept."""
     recorder = Recorder()
     spec = EngineSpec({"policy": {"name": "fcfs"}}, LIMITS, True, 0)
     control = assemble(spec, executor.capacity, recorder, requests)
@@ -113,32 +141,27 @@ def serve(executor: TorchExecutor, requests: Sequence[Request]) -> Result:
 
 
 class Floor:
-    """Seconds of a step's matrix products alone, measured once for each number of rows."""
+    """Seconds of a step's matrix products alone with torch's best, measured once for each number of rows."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        layers = decoder._layers
-        self._linears = [x for layer in layers for x in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        self._head, self._dtype, self._hidden = decoder._head, decoder.dtype, decoder.config.hidden_size
-        config = decoder.config
-        wide = (
-            config.hidden_size,
-            config.heads * config.head_dim,
-            config.hidden_size,
-            config.intermediate_size,
-        )
-        self._inputs = [wide[i % 4] for i in range(len(self._linears))]
-        self.layers, self.head = cache(self._layers_at), cache(self._head_at)
+    def __init__(self, config: DecoderConfig) -> None:
+        """Random weights of the model's shapes: what they hold makes no difference."""
+        c = config
+        heads, inner = c.heads * c.head_dim, c.intermediate_size
+        qkv = (heads + 2 * c.kv_heads * c.head_dim, c.hidden_size)
+        layer = [qkv, (c.hidden_size, heads), (2 * inner, c.hidden_size), (c.hidden_size, inner)]
+        self._products = [(Linear(_drawn(*shape)), shape[1]) for _ in range(c.layers) for shape in layer]
+        self._head_product = [(Linear(_drawn(c.vocab_size, c.hidden_size)), c.hidden_size)]
+        self.layers = cache(lambda rows: _time(self._products, rows))
+        self.head = cache(lambda rows: _time(self._head_product, rows) if rows else 0.0)
 
     def of(self, rows: list[tuple[int, int]]) -> float:
         return sum(
             self.layers(_near(a)) * a / _near(a) + self.head(_near(b)) * b / _near(b) for a, b in rows if a
         )
 
-    def _layers_at(self, rows: int) -> float:
-        return _time(list(zip(self._linears, self._inputs, strict=True)), rows, self._dtype)
 
-    def _head_at(self, rows: int) -> float:
-        return _time([(self._head, self._hidden)], rows, self._dtype) if rows else 0.0
+def _drawn(*shape: int) -> Tensor:
+    return torch.randn(shape).to(torch.bfloat16)
 
 
 def _near(rows: int) -> int:
@@ -147,11 +170,11 @@ def _near(rows: int) -> int:
     return max(1, -(-rows // step) * step)
 
 
-def _time(linears: list[tuple[Linear, int]], rows: int, dtype: torch.dtype) -> float:
-    inputs = {width: torch.randn(rows, width).to(dtype) for _, width in linears}
+def _time(linears: list[tuple[Linear, int]], rows: int) -> float:
+    inputs = {width: _drawn(rows, width) for _, width in linears}
     best = float("inf")
     with torch.inference_mode():
-        for _ in range(4):
+        for _ in range(6):
             began = time.perf_counter()
             for linear, width in linears:
                 linear(inputs[width])
@@ -183,44 +206,55 @@ def on_device(device: str, name: str, path: Path | None, chosen: Sequence[str]) 
 
 def main(words: Sequence[str]) -> None:
     """Print the table."""
-    began = time.perf_counter()
     path = next((Path(word.removeprefix("lists=")) for word in words if word.startswith("lists=")), None)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if "device" in given:
         chosen = [word for word in words if word.startswith("W")]
         on_device(given["device"], given.get("model", "smollm2"), path, chosen)
         return
-    model = load_model(
-        ModelSpec("smollm2", "bfloat16"), cache_dir=cache_dir(Config(), os.environ), notify=print
+    wanted = {
+        name: requests
+        for name, requests in workloads(path).items()
+        if name in words or not any(word.startswith("W") for word in words)
+    }
+    variants = [Variant.load("native", print)]
+    variants[0].run([Request(id="first", prompt=Prompt.of(range(100, 132)), output_len=1)])
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; first token {_age():.1f} s after the start"
     )
-    kernels = library.load(cache_dir(Config(), os.environ), print)
-    plain = (
-        load_model(ModelSpec("smollm2", "bfloat16"), cache_dir=cache_dir(Config(), os.environ))
-        if kernels
-        else model
-    )
-    with torch.inference_mode():
-        if kernels:
-            model.decoder.use(kernels)
-    ready = time.perf_counter() - began
-    variants = {"torch": (TorchAttention(), TorchOps())} if "torch" in words or kernels is None else {}
-    if kernels is not None:
-        variants = {"native": (NativeAttention(kernels), kernels), **variants}  # type: ignore[dict-item]
-    floor = Floor(plain.decoder)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; model ready after {ready:.1f} s")
-    print("workload  variant  output tok/s  seconds  share of the floor's rate")
-    for name, requests in workloads(path).items():
-        if any(word.startswith("W") for word in words) and name not in words:
-            continue
-        for variant, (attention, _ops) in variants.items():
-            result = run(model if variant == "native" else plain, attention, requests)
-            rate, share = result.output_tokens / result.seconds, floor.of(result.rows) / result.seconds
-            print(
-                f"{name:<9} {variant:<8} {rate:>12.1f} {result.seconds:>8.2f} {100 * share:>6.0f} %",
-                flush=True,
-            )
+    results = {("native", name): variants[0].run(requests) for name, requests in wanted.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(f"peak memory {peak:.2f} GB")
+    print(f"peak memory {peak:.2f} GiB")
+    for variant in ("int8", "torch"):
+        if variant in words:
+            other = Variant.load(variant, print)
+            results |= {(variant, name): other.run(requests) for name, requests in wanted.items()}
+    config = variants[0].model.config
+    assert isinstance(config, DecoderConfig)
+    floor = Floor(config)
+    print("workload  engine    output tok/s  seconds  native / it  share of the floor's rate")
+    for (variant, name), result in results.items():
+        ours = results["native", name]
+        share = floor.of(result.rows) / result.seconds
+        _line(name, variant, result.output_tokens, result.seconds, ours, f"{100 * share:.0f} %")
+    for peer in peers.PEERS:
+        if peer in given:
+            for name, tokens, seconds in peers.measure(
+                peer, Path(given[peer]), variants[0].model.path, chosen
+            ):
+                _line(name, peer, tokens, seconds, results["native", name])
+
+
+def _line(name: str, engine: str, tokens: int, seconds: float, ours: Result, share: str = "") -> None:
+    rate = tokens / seconds
+    ratio = ours.output_tokens / ours.seconds / rate
+    print(f"{name:<9} {engine:<9} {rate:>12.1f} {seconds:>8.2f} {ratio:>12.2f}  {share}", flush=True)
+
+
+def _age() -> float:
+    """Seconds since this process was started, imports included."""
+    started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
