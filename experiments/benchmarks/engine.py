@@ -240,7 +240,7 @@ def main(words: Sequence[str]) -> None:
     for peer in peers.PEERS:
         if peer in given:
             for name, tokens, seconds in peers.measure(
-                peer, Path(given[peer]), variants[0].model.path, chosen
+                peer, Path(given[peer]), variants[0].model.path, wanted
             ):
                 _line(name, peer, tokens, seconds, results["native", name])
 
