@@ -249,8 +249,9 @@ class Step(Protocol):
         """Promise: while nobody arrives, ends, or lacks blocks, this step's plan stays the choice for so many more
         steps (`None`: for as long as that holds). With `past_ends` it does also when requests have ended.
 
-        A policy that says nothing is asked in every step, which is always right. A simulator crosses the steps
-        that are promised at once, where they are nothing but `run_decodes`; their times and digests are the same.
+        A policy that says nothing is asked in every step, which is always right. For steps that are promised and are
+        nothing but `run_decodes` it isn't: the engine plans them alone, and a simulator crosses many of them at once.
+        Their times and digests are the same.
         """
         ...
 

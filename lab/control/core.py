@@ -351,8 +351,9 @@ class EngineCore:
         if self._in_flight is not None:
             raise RuntimeError(f"plan() before commit() of step {self._in_flight.plan.index}")
         self.host.settle()
-        self._repeats = 0
+        promised, self._repeats = self._repeats, 0
         if self._ripe:
+            promised = 0
             self._settle_groups(now)
         self._evicting("expired", self.pool.expire, now)
         step = StepBuilder(
@@ -375,11 +376,19 @@ class EngineCore:
             on_reject=self._rejected,
             decodes=self._decodes,
         )
-        self._call(self.policy.schedule, step)
+        decodes = self._decodes
+        if promised and decodes.members and decodes.needed <= self.pool.available:
+            step.run_decodes()  # the plan before this one, which the policy said is still its choice
+            step.repeats, step.repeats_past_ends = promised - 1, self._repeats_past_ends
+        else:
+            self._call(self.policy.schedule, step)
         if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
-        if step.repeats and not (step.work or step.preempted or step.rejected or self._decodes.others):
+        alone = len(step.work) == len(step.together) and not (
+            step.preempted or step.rejected or decodes.others
+        )
+        if step.repeats and alone:
             self._repeats, self._repeats_past_ends = step.repeats, step.repeats_past_ends
         plan = self._freeze(step)
         self._in_flight = self._describe(plan, step)

@@ -15,11 +15,12 @@ from lab.control.executor import Capacity
 from lab.control.observer import RequestRecord, StepRecord
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment, stream_of
-from lab.control.step import Limits
+from lab.control.step import Limits, StepBuilder
 from lab.errors import RequestRefused
-from lab.policy import EvictionPolicy
+from lab.policy import EvictionPolicy, Step
 from policies.eviction.lru import Lru
-from tests.control.harness import Notes, engine, request
+from policies.scheduling.fcfs import Fcfs
+from tests.control.harness import Notes, engine, request, step
 
 SCHEDULERS = plugins.names("policy")
 PREEMPTION = plugins.names("preemption")
@@ -61,7 +62,11 @@ def workload(rng: random.Random) -> list[Request]:
 
 
 def play(
-    seed: int, policy: str, *, aggregate: bool, eviction: EvictionPolicy | None = None
+    seed: int,
+    policy: str,
+    *,
+    aggregate: bool,
+    eviction: EvictionPolicy | None = None,
 ) -> tuple[Notes, list[StepPlan], list[tuple[Any, ...]]]:
     """One random workload in a small engine, with clients that go away; every law checked at every move."""
     rng = random.Random(seed)
@@ -127,10 +132,17 @@ def steps(records: list[StepRecord]) -> list[dict[str, Any]]:
 
 
 def together(policy: str, seeds: range) -> int:
-    """Play both ways and compare all there is; returns how many decodes were granted all together."""
+    """Play both ways and compare all there is; returns how many decodes were granted all together.
+
+    Promises (`Step.repeat`) are kept in all but the first play, which asks the policy in every step.
+    """
     count = 0
     for seed in seeds:
-        notes, plans, seen = play(seed, policy, aggregate=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepBuilder, "repeat", lambda *args, **options: None)
+            notes, plans, seen = play(seed, policy, aggregate=False)
+        promised = play(seed, policy, aggregate=False)[1]
+        assert promised == plans
         other, others, looked = play(seed, policy, aggregate=True)
         for one, two in zip(plans, others, strict=True):
             assert replace(two, decodes=one.decodes) == one
@@ -187,3 +199,22 @@ def test_a_step_of_decodes_is_not_listed_unless_somebody_asks() -> None:
     core.commit(plan, StepResult((0, 0)), 20)
     with pytest.raises(RuntimeError, match="while it is in flight"):
         list(plan.work)
+
+
+@pytest.mark.parametrize("aggregate", [False, True])
+def test_a_policy_is_not_asked_again_for_steps_that_it_promised(aggregate: bool) -> None:
+    asked: list[int] = []
+
+    class Counting(Fcfs):
+        def schedule(self, step: Step) -> None:
+            asked.append(step.index)
+            super().schedule(step)
+
+    core, _notes = engine(Counting(), Lru(), blocks=40, token_budget=64, aggregate=aggregate)
+    core.add(request("early", 8, output=20), 0)
+    indices = [step(core, now).index for now in range(0, 100, 10)]
+    core.add(request("late", 8, output=5), 100)
+    indices += [step(core, now).index for now in range(100, 130, 10)]
+    assert indices == list(range(13))
+    assert {0, 10} <= set(asked)  # a prompt to compute, and somebody who came
+    assert len(asked) <= 6
