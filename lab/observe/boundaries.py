@@ -24,10 +24,11 @@ Attribute names follow OpenTelemetry's GenAI conventions where they have one and
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+from lab.observe.source import ROOT, locate
 
 Plane = Literal["control", "data"]
 PathName = Literal["request", "state", "observation"]
@@ -344,22 +345,13 @@ BOUNDARIES: dict[str, Boundary] = {boundary.name: boundary for boundary in DECLA
 """Every declaration by name, in the order of the picture above."""
 
 
-def source_line(boundary: Boundary, root: Path | None = None) -> tuple[Path, int]:
+def source_line(boundary: Boundary, root: Path = ROOT) -> tuple[Path, int]:
     """File and line of `boundary.emitted_at`, found by parsing, without an import.
 
     `root` is the checkout (default: the one this file lies in). Raises `LookupError` when the name is gone.
     """
-    root = root or Path(__file__).resolve().parents[2]
-    module, _, qualified = boundary.emitted_at.partition(":")
-    path = root / module
-    where = f"boundary '{boundary.name}' is emitted at '{boundary.emitted_at}'"
-    if not path.is_file():
-        raise LookupError(f"{where}, but '{module}' isn't there")
-    scope: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
-    for name in qualified.split("."):
-        inner = (node for node in ast.iter_child_nodes(scope) if getattr(node, "name", None) == name)
-        found = next(inner, None)
-        if found is None:
-            raise LookupError(f"{where}, but '{name}' isn't there")
-        scope = found
-    return path, int(getattr(scope, "lineno", 1))
+    try:
+        place = locate(boundary.emitted_at, root)
+    except LookupError as error:
+        raise LookupError(f"boundary '{boundary.name}' is emitted at {error.args[0]}") from error
+    return root / place.file, place.line
