@@ -198,6 +198,7 @@ class RunConfig:
         "everything",
         "everything, or for long simulations steps (no plans, no times of single tokens) or requests (no steps)",
     )
+    baseline: str | None = option(None, "keep the run as this baseline too, for python -m lab.regress")
 
 
 @dataclass

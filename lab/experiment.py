@@ -177,7 +177,7 @@ def config_yaml(cfg: Config) -> str:
     """The resolved configuration as text. Where the run lies is no part of it."""
     from lab.compose import to_yaml
 
-    return to_yaml(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=None)))
+    return to_yaml(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=None, baseline=None)))
 
 
 def _directory(cfg: Config, key: str, slug: str) -> Path:
@@ -213,6 +213,10 @@ def _conclude(cfg: Config, finished: Mapping[str, Path], path: Path) -> None:
         report = path / "report.html"
         write_report(report, runs, result)
         print(f"report: {report}")
+    if cfg.run.baseline is not None:
+        from lab.regress import record
+
+        print(f"baseline: {record(cfg.run.baseline, [path])}")
 
 
 def main(argv: list[str] | None = None) -> int:

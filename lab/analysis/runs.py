@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lab.analysis import tidy
 from lab.control.observer import FleetEvent, RequestRecord, StepRecord
 from lab.control.plan import StepPlan, StepTiming
 from lab.control.request import Request
@@ -82,6 +83,26 @@ class Run:
     def spans(self) -> pd.DataFrame:
         """One row a span."""
         return self._frame("spans.parquet")
+
+    @cached_property
+    def latencies(self) -> pd.DataFrame:
+        """One row a request, for people: times in ms (`lab/analysis/tidy.py`)."""
+        return tidy.latencies(self)
+
+    @cached_property
+    def stages(self) -> pd.DataFrame:
+        """One row a stretch of a request's life."""
+        return tidy.stages(self)
+
+    @cached_property
+    def tokens(self) -> pd.DataFrame:
+        """One row a generated token."""
+        return tidy.tokens(self)
+
+    @cached_property
+    def phases(self) -> pd.DataFrame:
+        """One row a phase of a step."""
+        return tidy.phases(self)
 
     @cached_property
     def asked(self) -> pd.DataFrame | None:
