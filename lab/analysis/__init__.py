@@ -9,6 +9,7 @@
 """
 
 from lab.analysis.diff import Diff, diff
+from lab.analysis.launch import launch
 from lab.analysis.runs import Run, load
 
-__all__ = ["Diff", "Run", "diff", "load"]
+__all__ = ["Diff", "Run", "diff", "launch", "load"]

@@ -8,6 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lab.analysis.anatomy import (
+    block_flows,
+    cache_hits,
+    curves,
+    slowest_requests,
+    time_by_phase,
+    time_by_stage,
+)
 from lab.analysis.drawing import (
     OTHER_COLOURS,
     SIDE_COLOURS,
@@ -29,6 +37,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lab.analysis.diff import Diff
+
+__all__ = [
+    "aligned_steps",
+    "attribution_bars",
+    "batch_composition",
+    "block_flows",
+    "cache_hits",
+    "curves",
+    "figures",
+    "kv_occupancy",
+    "latency_cdfs",
+    "queue_depth",
+    "request_errors",
+    "slowest_requests",
+    "step_time",
+    "swimlanes",
+    "time_by_phase",
+    "time_by_stage",
+]
 
 MOST_POINTS = 4000
 """Points in one scatter; more than that are thinned evenly, so that a page stays small."""

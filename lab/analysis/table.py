@@ -142,7 +142,7 @@ def show(what: Diff | RunLike, file: TextIO | None = None) -> None:
 def _console(file: TextIO) -> Console:
     from rich.console import Console
 
-    console = Console(file=file)
+    console = Console(file=file, force_jupyter=False)  # to the file, in a notebook too
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
