@@ -6,6 +6,7 @@ it), the headline metrics, each request's latencies, and, of an experiment on bo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,6 @@ from lab.analysis.files import write_atomic
 from lab.analysis.frames import finished, leaves, scalars
 from lab.analysis.runs import Run, load
 from lab.errors import RunError, UnknownNameError
-from lab.observe.identity import workload_id
 
 FORMAT = 1
 FOLDER = Path("experiments") / "baselines"
@@ -115,9 +115,9 @@ def gather(name: str, paths: Sequence[Path]) -> Baseline:
 
 
 def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Options in which two configurations differ, by their dotted names."""
+    """Options in which two configurations differ, by their dotted names; those that only one version knows don't."""
     one, two = dict(leaves(a)), dict(leaves(b))
-    return sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+    return sorted(key for key in one.keys() & two.keys() if one[key] != two[key])
 
 
 def _measured(path: Path) -> tuple[dict[str, Any], dict[str, Any], Measured]:
@@ -143,7 +143,7 @@ def _measured(path: Path) -> tuple[dict[str, Any], dict[str, Any], Measured]:
         "backend": said["backend"].get("name") or ("real" if said["evidence"] == "measured" else "sim"),
         "clock": said["clock"],
         "evidence": said["evidence"],
-        "workload": workload_id(run.workload()),
+        "workload": _workload(run),
         "policy": config["policy"]["name"],
         "machine": f"{said['cpu']}, {said['cores']} cores",
         "revision": said["git"]["revision"],
@@ -160,6 +160,15 @@ def _measured(path: Path) -> tuple[dict[str, Any], dict[str, Any], Measured]:
         parity=parity,
     )
     return about, config, measured
+
+
+def _workload(run: Run) -> str:
+    """Names what the requests ask for, whatever else later versions let a request say."""
+    h = hashlib.blake2b(digest_size=8)
+    for request in sorted(run.workload(), key=lambda request: (request.arrival, request.id)):
+        asked = (request.id, request.arrival, request.output_limit, request.prompt.pieces)
+        h.update(repr(asked).encode())
+    return h.hexdigest()
 
 
 def _marks(run: Run) -> dict[str, str]:

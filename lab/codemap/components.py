@@ -46,6 +46,7 @@ class Component:
     control_points: dict[str, str] = field(default_factory=dict)
     """Seam to the policy that decided there in the run."""
     after: bool = False
+    """No simulation calls it: it is the real engine's, or starts from a run's files."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def components(seen: Watched, root: Path = ROOT) -> Drawn:
         if stop.after:
             after.append(home)
         if home not in found:
-            found[home] = Component(locate(home, root), _layer(home, root), after=stop.after)
+            away = stop.after or stop.elsewhere
+            found[home] = Component(locate(home, root), _layer(home, root), after=away)
         if stop.twin:
             found[home].twin = locate(stop.twin, root).owner
         found[home].calls += seen.calls(stop.symbol)

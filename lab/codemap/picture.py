@@ -7,21 +7,25 @@ policy was asked. Boxes, arrows and counts come from the run; only where a box s
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import TypeAlias
 
 from lab.codemap.answers import control_point, hot_path
 from lab.codemap.components import LAYERS, Component, Drawn, components
 from lab.codemap.watch import Watched
 
-_GRID: dict[str, tuple[int, int]] = {
+Cell: TypeAlias = tuple[int, int]
+
+_GRID: dict[str, Cell] = {
     "Fleet": (0, 0),
     "Gateway": (0, 1),
     "Simulation": (0, 2),
     "serve": (0, 3),
     "EngineCore": (0, 4),
     "StepBuilder": (0, 5),
+    "RankExecutor": (1, 1),
     "SimExecutor": (1, 2),
     "HostTier": (1, 3),
     "BlockPool": (1, 4),
@@ -37,7 +41,10 @@ _GRID: dict[str, tuple[int, int]] = {
     "diff": (3, 4),
     "write_report": (3, 5),
 }
-"""Row and column of each component on the page."""
+"""Row and column of each component on the page; others take what is free in their layer."""
+
+_FREE: tuple[tuple[Cell, ...], ...] = ((), ((1, 0),), ((3, 2),))
+"""Cells of each layer that nobody has."""
 
 HANDED = (
     ("Recorder", "RunDirectory", "records"),
@@ -107,14 +114,12 @@ def _mermaid_node(component: Component, seen: Watched) -> Iterator[str]:
 def svg(seen: Watched) -> str:
     """The diagram as a file of its own."""
     drawn, hot = components(seen), _hot(seen)
-    missing = {component.place.name for component in drawn.components.values()} ^ set(_GRID)
-    if missing:
-        raise LookupError(f"the diagram's grid and the map disagree about {', '.join(sorted(missing))}")
+    grid = _placed(drawn)
     parts = [_background(layer) for layer in range(len(LAYERS))]
     lines = list(_lines(drawn, hot))
-    ports = _Ports(lines)
+    ports = _Ports(lines, grid)
     parts += [ports.path(line) for line in lines]
-    parts += [_box(component, seen, hot) for component in drawn.components.values()]
+    parts += [_box(component, seen, hot, grid) for component in drawn.components.values()]
     parts += [ports.text(line) for line in lines]
     parts.append(_legend())
     return (
@@ -155,13 +160,26 @@ def _background(layer: int) -> str:
     )
 
 
-def _corner(name: str) -> tuple[int, int]:
-    row, column = _GRID[name]
+def _placed(drawn: Drawn) -> dict[str, Cell]:
+    """A cell for each component. Raises `LookupError` where the page has no room for one."""
+    grid, free = {}, [list(cells) for cells in _FREE]
+    for component in drawn.components.values():
+        name = component.place.name
+        if name not in _GRID and not free[component.layer]:
+            raise LookupError(
+                f"the diagram has no room for '{name}' ({LAYERS[component.layer]}); give it a cell"
+            )
+        grid[name] = _GRID[name] if name in _GRID else free[component.layer].pop(0)
+    return grid
+
+
+def _corner(cell: Cell) -> tuple[int, int]:
+    row, column = cell
     return _LEFT + column * (_W + _GAP), _ROWS[row]
 
 
-def _box(component: Component, seen: Watched, hot: set[str]) -> str:
-    at, (x, y) = component.place, _corner(component.place.name)
+def _box(component: Component, seen: Watched, hot: set[str], grid: Mapping[str, Cell]) -> str:
+    at, (x, y) = component.place, _corner(grid[component.place.name])
     kind = " hot" if at.name in hot else " after" if component.after else ""
     out = [
         f'<g><title>{escape(at.doc)}</title><rect class="box{kind}" x="{x}" y="{y}" width="{_W}" height="{_H}" rx="6"/>'
@@ -210,7 +228,7 @@ def _diamond(x: int, y: int) -> str:
 
 
 def _legend() -> str:
-    x, y = _LEFT, _ROWS[1] + 12
+    x, y = _LEFT + _W + _GAP, _ROWS[3] + 12
     rows = (
         (
             f'<path class="call" marker-end="url(#tip)" d="M{x} {y}h26"/>',
@@ -236,15 +254,16 @@ def _legend() -> str:
 class _Ports:
     """Where lines leave and meet boxes: spread over a side in the order of where they go."""
 
-    def __init__(self, lines: list[_Line]) -> None:
+    def __init__(self, lines: list[_Line], grid: Mapping[str, Cell]) -> None:
+        self._grid = grid
         self._sides: dict[tuple[str, str], list[tuple[int, _Line, str]]] = {}
         for line in lines:
             for end, (name, other) in (("a", (line.source, line.target)), ("b", (line.target, line.source))):
                 side = self._side(line, end)
-                self._sides.setdefault((name, side), []).append((_GRID[other][1], line, end))
+                self._sides.setdefault((name, side), []).append((grid[other][1], line, end))
         self._at: dict[tuple[_Line, str], tuple[float, float]] = {}
         for (name, side), ends in self._sides.items():
-            x, y = _corner(name)
+            x, y = _corner(grid[name])
             ends.sort(key=lambda item: item[0])
             for i, (_, line, end) in enumerate(ends, 1):
                 share = i / (len(ends) + 1)
@@ -255,9 +274,8 @@ class _Ports:
                     "right": (x + _W, y + _H * share),
                 }[side]
 
-    @staticmethod
-    def _side(line: _Line, end: str) -> str:
-        (row, column), (to_row, to_column) = _GRID[line.source], _GRID[line.target]
+    def _side(self, line: _Line, end: str) -> str:
+        (row, column), (to_row, to_column) = self._grid[line.source], self._grid[line.target]
         if row != to_row:
             return (
                 ("bottom" if end == "a" else "top") if row < to_row else ("top" if end == "a" else "bottom")
@@ -271,7 +289,7 @@ class _Ports:
     def _shape(self, line: _Line) -> tuple[str, float, float]:
         """The path, and where its label stands."""
         (x, y), (u, v) = self._at[line, "a"], self._at[line, "b"]
-        (row, column), (to_row, to_column) = _GRID[line.source], _GRID[line.target]
+        (row, column), (to_row, to_column) = self._grid[line.source], self._grid[line.target]
         if row == to_row and abs(column - to_column) == 1:
             return f"M{x:.0f} {y:.0f}L{u:.0f} {v:.0f}", (x + u) / 2, (y + v) / 2 - 5
         if row == to_row:
@@ -286,7 +304,7 @@ class _Ports:
             shape = f"M{x:.0f} {y:.0f}C{x:.0f} {middle:.0f} {u:.0f} {middle:.0f} {u:.0f} {v:.0f}"
             return shape, x + (u - x) * 0.8, y + (v - y) * 0.71 + 4  # at 7/10 of the curve
         right = to_column > column
-        gutter = _corner(line.source)[0] + (_W + _GAP / 2 if right else -_GAP / 2)
+        gutter = _corner(self._grid[line.source])[0] + (_W + _GAP / 2 if right else -_GAP / 2)
         return (
             f"M{x:.0f} {y:.0f}C{x:.0f} {y + 26:.0f} {gutter:.0f} {y + 14:.0f} {gutter:.0f} {y + 52:.0f}"
             f"V{v - 52:.0f}C{gutter:.0f} {v - 14:.0f} {u:.0f} {v - 30:.0f} {u:.0f} {v:.0f}",

@@ -34,6 +34,11 @@ class Stop:
     twin: str = ""
 
     @property
+    def elsewhere(self) -> bool:
+        """It is the real engine's own, which a simulation doesn't call."""
+        return self.symbol.startswith("real_engine/")
+
+    @property
     def after(self) -> bool:
         """It starts from the files of a run, so no run calls it."""
         return self.symbol.startswith(_LATER)

@@ -70,7 +70,11 @@ def _stop(number: int, stop: Stop, visit: Visit | None, seen: Watched, root: Pat
     said = [at.doc.rstrip(".") + "."]
     if visit is None:
         said.append(
-            "Not part of a run: it starts from the files of one." if stop.after else "Not called in this run."
+            "Not part of a run: it starts from the files of one."
+            if stop.after
+            else "The real engine's own: no simulation calls it."
+            if stop.elsewhere
+            else "Not called in this run."
         )
     else:
         file, line, caller = visit.caller
