@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab.analysis.frames import RunLike, items
+from lab.analysis.around import limits, neighbours, queue_and_running, reasons
+from lab.analysis.frames import RunLike, items, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _STATE = ("running", "waiting", "blocks_free", "blocks_cached", "blocks_held", "evicted")
 
+MOST_REASONS = 8
+"""Requests left out that are accounted for, on each side."""
+
 
 def compare_decisions(a: RunLike, b: RunLike, keys: tuple[str, str]) -> dict[str, Any]:
     """First divergent step (None when equal), steps of each, common prefix ratio, and the divergence in detail."""
     common, longest, first = 0, 0, None
-    chains = _chains(a.steps), _chains(b.steps)
+    steps = [table_of(run, "steps", ["replica", "step", "digest", "start_ns"]) for run in (a, b)]
+    chains = _chains(steps[0]), _chains(steps[1])
     for replica in sorted(set(chains[0]) | set(chains[1])):
         left, right = (chain.get(replica, []) for chain in chains)
         equal = next((i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x[:2] != y[:2]), None)
@@ -34,7 +39,7 @@ def compare_decisions(a: RunLike, b: RunLike, keys: tuple[str, str]) -> dict[str
     return {
         "first_divergent_step": None if first is None else first[1],
         "replicas": len(set(chains[0]) | set(chains[1])),
-        "steps": {keys[0]: len(a.steps), keys[1]: len(b.steps)},
+        "steps": {keys[0]: len(steps[0]), keys[1]: len(steps[1])},
         "common_prefix_ratio": common / longest if longest else 1.0,
         "first_divergence": None if first is None else _describe(a, b, keys, first[1], first[2]),
     }
@@ -53,6 +58,8 @@ def _chains(steps: pd.DataFrame) -> dict[int, list[tuple[int, str, int]]]:
 def _describe(a: RunLike, b: RunLike, keys: tuple[str, str], step: int, replica: int) -> dict[str, Any]:
     left, right = _step(a, step, replica), _step(b, step, replica)
     detail: dict[str, Any] = {"step": step, "replica": replica, keys[0]: left, keys[1]: right}
+    detail["around"] = {key: neighbours(run, step, replica) for key, run in zip(keys, (a, b), strict=True)}
+    detail["reasons"] = []
     if left is None or right is None:
         return detail | {"cause": "ended", "difference": None, "arrived_only": {keys[0]: [], keys[1]: []}}
     works = [{item["request"]: item for item in side["work"]} for side in (left, right)]
@@ -70,10 +77,20 @@ def _describe(a: RunLike, b: RunLike, keys: tuple[str, str], step: int, replica:
     }
     for field in ("admitted", "preempted", "rejected"):
         difference[field] = _only(left[field], right[field], keys)
+    for seen, run, key, missing in (
+        (left, a, *_other(keys, 0, difference)),
+        (right, b, *_other(keys, 1, difference)),
+    ):
+        detail["reasons"] += reasons(run, seen, missing, key)
     arrived_only = _only(_arrived(a, left["now_ns"], replica), _arrived(b, right["now_ns"], replica), keys)
     same_clock = left["now_ns"] == right["now_ns"]
     cause = "arrivals" if any(arrived_only.values()) else "rule" if same_clock else "clock"
     return detail | {"cause": cause, "difference": difference, "arrived_only": arrived_only}
+
+
+def _other(keys: tuple[str, str], side: int, difference: dict[str, Any]) -> tuple[str, list[str]]:
+    """A side's key, and the first requests that the other side worked on and it did not."""
+    return keys[side], difference["work"][keys[1 - side]][:MOST_REASONS]
 
 
 def _step(run: RunLike, step: int, replica: int) -> dict[str, Any] | None:
@@ -83,7 +100,10 @@ def _step(run: RunLike, step: int, replica: int) -> dict[str, Any] | None:
         return None
     row = steps.iloc[0]
     seen: dict[str, Any] = {"now_ns": int(row["start_ns"])} | {name: int(row[name]) for name in _STATE}
-    plans = run.plans[run.plans["step"] == step]
+    seen["queue"], seen["running_set"] = queue_and_running(run, seen["now_ns"], replica)
+    seen["limits"] = limits(run)
+    recorded = table_of(run, "plans", ["step", "replica"])
+    plans = recorded[recorded["step"] == step]
     if "replica" in plans:
         plans = plans[plans["replica"] == replica]
     if plans.empty:

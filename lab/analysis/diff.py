@@ -3,39 +3,43 @@
 `a` is the reference (the real run, the older commit, the baseline), `b` the candidate. Every difference is
 b - a: positive means the candidate is slower or larger.
 
-Attribution is exact. A request's stages tile its life, so the difference of its latency is the sum of the
-differences of its stages; the residual is 0 ns unless a run broke that rule, and then it is shown.
+Attribution is exact. A request's parts tile its life, so the difference of its latency is the sum of the
+differences of its parts; the residual is 0 ns unless a run broke that rule, and then it is shown.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.analysis import distances as distance
+from lab.analysis.aligned import Aligned, align
+from lab.analysis.attribution import attribute, per_request, step_phases
 from lab.analysis.decisions import compare_decisions
+from lab.analysis.distributions import matched, percentiles, spread, summary
 from lab.analysis.files import write_atomic
-from lab.analysis.frames import (
-    STAGES,
-    STEP_PHASES,
-    RunLike,
-    finished,
-    intervals,
-    leaves,
-    scalars,
-    sides,
-    stage_times,
-)
+from lab.analysis.frames import PARTS, RunLike, backend, finished, intervals, leaves, scalars, sides
+from lab.analysis.noise import noise_floor
+from lab.analysis.parts import waits
+from lab.analysis.residuals import residuals, terms
 from lab.analysis.scope import Scope, cut, scope
+from lab.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HEADLINES = ("e2e_ms.mean", "ttft_ms.mean", "tpot_ms.mean", "throughput.output_tokens_per_s")
+HEADLINES = (
+    "e2e_ms.mean",
+    "e2e_ms.p99",
+    "ttft_ms.mean",
+    "ttft_ms.p99",
+    "tpot_ms.mean",
+    "throughput.output_tokens_per_s",
+)
 """Metrics whose error is split into duration and decision."""
 
 _VOLATILE = ("run.", "backend")
@@ -57,16 +61,43 @@ class Diff:
     alignment: dict[str, Any]
     """How many requests were matched by id, and what could not be."""
     requests: pd.DataFrame
-    """One row a matched request (index id): per latency and stage, nanoseconds of both sides and the difference."""
+    """One row a matched request (index id): per latency and part, nanoseconds of both sides and the difference."""
+    waits: pd.DataFrame
+    """One row a waiting interval, matched by request, cause and visit."""
+    aligned: Aligned
+    """Which step belongs to which."""
     attribution: dict[str, Any]
-    """`e2e` and `ttft` over the stages of a request, `steps` over the phases of a step; signed ms, b - a."""
+    """`e2e` and `ttft` over the parts of a request, `steps` over the phases of a step; signed ms, b - a."""
+    percentiles: pd.DataFrame
+    """Each latency percentile by percentile, with its band (`lab.analysis.distributions`)."""
+    spread: dict[str, dict[str, float]]
+    """Several runs a side: each metric's error (percent) over the pairs: `mean`, and the 95 % interval's ends."""
+    residuals: pd.DataFrame
+    """One row a pair of steps that did the same work: shape and durations (`lab.analysis.residuals`)."""
+    terms: pd.DataFrame
+    """Which fact about a batch each phase's residual is proportional to."""
     counterfactual: dict[str, dict[str, float]] | None
     """Per headline metric: total = duration + decision. None when nothing was re-simulated."""
     parity: bool | None
     """Whether replaying a's durations gave a's plan digests; None when not tried."""
+    replay_divergence: dict[str, Any] | None
+    """Where b's rules part from a's decisions although the durations are a's: no clock is to blame there."""
     distances: dict[str, Any]
+    noise: dict[str, Any] | None
+    """How far repeats of the reference lie apart, and each distance as a multiple; None without repeats."""
+    measured: bool
+    """Whether a side was measured, so that chance had a part in it."""
     configuration: dict[str, dict[str, Any]]
     """Options that differ between the two runs."""
+
+    @property
+    def moved(self) -> list[str]:
+        """The parts of a request worth showing: queue, prefill and decode, and any other with a difference."""
+        return [
+            part
+            for part in PARTS
+            if part in ("queue", "prefill", "decode") or self.attribution["e2e"]["stages"][part]["share"]
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The content of diff.json: plain values, sorted keys, null where a number is undefined."""
@@ -78,10 +109,15 @@ class Diff:
             "metrics": self.metrics,
             "decisions": self.decisions,
             "requests": self.alignment,
+            "steps": self.aligned.summary(),
+            "percentiles": summary(self.percentiles),
+            "spread": self.spread,
+            "terms": self.terms.to_dict("records"),
             "attribution": self.attribution,
             "counterfactual": self.counterfactual,
-            "replay": {"parity": self.parity},
+            "replay": {"parity": self.parity, "first_divergence": self.replay_divergence},
             "distances": self.distances,
+            "noise": self.noise,
             "configuration": self.configuration,
         }
         plain: dict[str, Any] = _plain(tree)
@@ -92,49 +128,102 @@ class Diff:
         write_atomic(Path(path), json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def diff(a: RunLike, b: RunLike, resimulated: RunLike | None = None, parity: bool | None = None) -> Diff:
+def diff(
+    a: RunLike | Sequence[RunLike],
+    b: RunLike | Sequence[RunLike],
+    resimulated: RunLike | None = None,
+    parity: bool | None = None,
+    *,
+    exchanged: RunLike | None = None,
+    noise: Sequence[RunLike] = (),
+) -> Diff:
     """Compare run `b` with the reference `a`.
 
     `resimulated` is b's configuration and policy driven with a's step durations. It splits each headline
     error in two: what stays when the durations are right is decision error, what goes is duration error.
     It also answers `parity` (equal decisions under equal durations), unless the caller knows already.
+    `exchanged` is the converse, a's configuration and policy with b's durations: with both, the split is the mean
+    over the two orders.
+
+    Either side may be several runs, of seeds or repeats, the i-th of one belonging to the i-th of the other: the
+    first pair is taken apart, and all of them give the bands. `noise` are repeats of the (first) reference, which
+    say how far two such runs lie apart by chance.
 
     Of partial runs and of different workloads only what they have in common is compared, and nothing is made
     of `resimulated`: it ran other work than the reference.
     """
-    keys, labels = sides(a, b)
-    whole, found = (a, b), scope(a, b)
-    a, b = cut(a, b, found)
+    many_a, many_b = several(a), several(b)
+    if len(many_a) != len(many_b):
+        raise ConfigError(
+            f"{len(many_a)} runs are to be compared with {len(many_b)}; expected as many on both sides: the first "
+            "of one belongs to the first of the other, and so on."
+        )
+    first_a, first_b = many_a[0], many_b[0]
+    keys, labels = sides(first_a, first_b)
+    full, found = (first_a, first_b), scope(first_a, first_b)
+    left, right = cut(first_a, first_b, found)
     if not found.whole:
-        resimulated = parity = None
-    done = finished(a.requests), finished(b.requests)
+        resimulated = exchanged = parity = None
+    done = finished(left.requests), finished(right.requests)
     ids = done[0].index.intersection(done[1].index)
     if found.ids is not None:
         ids = ids[ids.isin(found.ids)]
-    matched_a, matched_b = (frame.loc[ids] for frame in done)
-    pieces = intervals(a.requests), intervals(b.requests)
-    requests = _per_request(keys, (matched_a, matched_b), pieces)
-    if resimulated is not None and parity is None:
-        parity = compare_decisions(a, resimulated, ("a", "b"))["first_divergent_step"] is None
+    both = done[0].loc[ids], done[1].loc[ids]
+    pieces = intervals(left.requests), intervals(right.requests)
+    requests = per_request(keys, (left, right), both, pieces)
+    replayed = None if resimulated is None else compare_decisions(left, resimulated, keys)
+    if replayed is not None and parity is None:
+        parity = replayed["first_divergent_step"] is None
+    aligned = align(left, right)
+    decisions = compare_decisions(left, right, keys)
+    steps = residuals(left, right, aligned)
+    distances = distance.summary(*both, *pieces) | {"decisions": distance.of_decisions(decisions, aligned)}
+    pairs = [both, *(matched(x.requests, y.requests) for x, y in zip(many_a[1:], many_b[1:], strict=True))]
     return Diff(
         keys=keys,
         labels=labels,
         partial=found.partial,
         scope=found,
-        metrics=_metrics(a.metrics, b.metrics, keys),
-        decisions=compare_decisions(a, b, keys),
-        alignment=_alignment(*((a, b) if any(found.partial) else whole), ids, keys),
+        metrics=_metrics(left.metrics, right.metrics, keys),
+        decisions=decisions,
+        alignment=_alignment(*((left, right) if any(found.partial) else full), ids, keys),
         requests=requests,
+        waits=waits(left, right, ids),
+        aligned=aligned,
         attribution={
-            "e2e": _attribute(requests, "e2e"),
-            "ttft": _attribute(requests, "ttft"),
-            "steps": _step_phases(a.steps, b.steps, keys),
+            "e2e": attribute(requests, "e2e"),
+            "ttft": attribute(requests, "ttft"),
+            "steps": step_phases(left, right, keys),
         },
-        counterfactual=None if resimulated is None else _counterfactual(a, b, resimulated),
+        percentiles=percentiles(pairs),
+        spread=_spread(many_a, many_b),
+        residuals=steps,
+        terms=terms(steps),
+        counterfactual=None if resimulated is None else _counterfactual(left, right, resimulated, exchanged),
         parity=parity,
-        distances=distance.summary(matched_a, matched_b, *pieces),
-        configuration=_configuration(a.config, b.config, keys),
+        replay_divergence=None if replayed is None else replayed["first_divergence"],
+        distances=distances,
+        noise=noise_floor([first_a, *noise], distances) if noise else None,
+        measured=any(backend(run) == "real" for run in full),
+        configuration=_configuration(left.config, right.config, keys),
     )
+
+
+def several(runs: RunLike | Sequence[RunLike]) -> list[RunLike]:
+    """One run or some, as a list. Raises `ConfigError` where there is none."""
+    out = list(runs) if isinstance(runs, Sequence) else [runs]
+    if not out:
+        raise ConfigError("there is no run to compare; expected one or more on each side.")
+    return out
+
+
+def _spread(a: Sequence[RunLike], b: Sequence[RunLike]) -> dict[str, dict[str, float]]:
+    """For each metric the mean error over the pairs of runs, percent of the reference, with its 95 % interval."""
+    errors = []
+    for left, right in zip(a, b, strict=True):
+        table = _metrics(left.metrics, right.metrics, ("a", "b"))
+        errors.append({k: c["error_pct"] for k, c in table.items() if c["error_pct"] is not None})
+    return spread(errors)
 
 
 def _metrics(
@@ -177,88 +266,30 @@ def _alignment(a: RunLike, b: RunLike, ids: pd.Index[Any], keys: tuple[str, str]
     }
 
 
-def _per_request(
-    keys: tuple[str, str], done: tuple[pd.DataFrame, pd.DataFrame], pieces: tuple[pd.DataFrame, pd.DataFrame]
-) -> pd.DataFrame:
-    """Columns `<what>_ns_<side>` and `<what>_delta_ns`, for e2e, ttft and each stage of either."""
-    import pandas as pd
+def _counterfactual(a: RunLike, b: RunLike, ab: RunLike, ba: RunLike | None) -> dict[str, dict[str, float]]:
+    """`ab` is b's decisions with a's durations, `ba` a's decisions with b's.
 
-    columns: dict[str, pd.Series[int]] = {}
-    for latency, until in (("e2e", "last_token_ns"), ("ttft", "first_token_ns")):
-        tables = [
-            stage_times(frame, piece, until).assign(total=frame[f"{latency}_ns"])
-            for frame, piece in zip(done, pieces, strict=True)
-        ]
-        for stage in ("total", *STAGES):
-            what = latency if stage == "total" else f"{latency}_{stage}"
-            for key, table in zip(keys, tables, strict=True):
-                columns[f"{what}_ns_{key}"] = table[stage]
-            columns[f"{what}_delta_ns"] = tables[1][stage] - tables[0][stage]
-    context = done[0][["arrival_ns", "prompt_tokens", "output_tokens"]]
-    return pd.concat([context, pd.DataFrame(columns, index=done[0].index)], axis=1)
-
-
-def _attribute(requests: pd.DataFrame, latency: str) -> dict[str, Any]:
-    """Signed ms by stage, and B_k: a stage's share of the absolute differences (ecosystem: Scalasca's severity)."""
-    deltas = {stage: requests[f"{latency}_{stage}_delta_ns"] for stage in STAGES}
-    absolute = {stage: int(delta.abs().sum()) for stage, delta in deltas.items()}
-    moved = sum(absolute.values())
-    total = requests[f"{latency}_delta_ns"]
-    residual = total - sum(deltas.values())
-    count = len(requests)
-    return {
-        "requests": count,
-        "total_ms": int(total.sum()) / 1e6,
-        "mean_ms": int(total.sum()) / 1e6 / count if count else 0.0,
-        "residual_ns": int(residual.abs().max()) if count else 0,
-        "stages": {
-            stage: {
-                "total_ms": int(delta.sum()) / 1e6,
-                "mean_ms": int(delta.sum()) / 1e6 / count if count else 0.0,
-                "share": absolute[stage] / moved if moved else 0.0,
+    Two factors, two orders of changing them; each factor gets the mean of what it does first and last (Shapley).
+    Without `ba`, one order: durations are put right first, and what remains is decision. `interaction` is how far
+    the two orders disagree: the part of the difference that takes both to change.
+    """
+    left, right, mixed = scalars(a.metrics), scalars(b.metrics), scalars(ab.metrics)
+    other = None if ba is None else scalars(ba.metrics)
+    split = {}
+    for name in HEADLINES:
+        if not (name in left and name in right and name in mixed):
+            continue
+        m_a, m_b, m_ab = left[name], right[name], mixed[name]
+        cell = {"total": m_b - m_a, "duration": m_b - m_ab, "decision": m_ab - m_a}
+        if other is not None and name in other:
+            m_ba = other[name]
+            cell |= {
+                "duration": ((m_b - m_ab) + (m_ba - m_a)) / 2,
+                "decision": ((m_ab - m_a) + (m_b - m_ba)) / 2,
+                "interaction": (m_b - m_ab) - (m_ba - m_a),
             }
-            for stage, delta in deltas.items()
-        },
-    }
-
-
-def _step_phases(a: pd.DataFrame, b: pd.DataFrame, keys: tuple[str, str]) -> dict[str, Any]:
-    """Where the run's span went on each side: the phases of its steps, and the idle time between them."""
-
-    def spent(steps: pd.DataFrame) -> dict[str, int]:
-        phases = {
-            phase: int(steps[f"{phase}_ns"].sum()) if f"{phase}_ns" in steps else 0 for phase in STEP_PHASES
-        }
-        span = int(steps["end_ns"].max()) if len(steps) else 0
-        # Each replica is idle from the run's beginning to its end, except in its own steps.
-        idle = span * steps["replica"].nunique() - sum(phases.values())
-        return phases | {"idle": idle, "span": span}
-
-    left, right = spent(a), spent(b)
-    moved = sum(abs(right[phase] - left[phase]) for phase in (*STEP_PHASES, "idle"))
-    table = {
-        phase: {
-            f"{keys[0]}_ms": left[phase] / 1e6,
-            f"{keys[1]}_ms": right[phase] / 1e6,
-            "delta_ms": (right[phase] - left[phase]) / 1e6,
-            "share": abs(right[phase] - left[phase]) / moved if moved else 0.0,
-        }
-        for phase in (*STEP_PHASES, "idle")
-    }
-    return {"phases": table, "span_delta_ms": (right["span"] - left["span"]) / 1e6}
-
-
-def _counterfactual(a: RunLike, b: RunLike, resimulated: RunLike) -> dict[str, dict[str, float]]:
-    left, right, between = scalars(a.metrics), scalars(b.metrics), scalars(resimulated.metrics)
-    return {
-        name: {
-            "total": right[name] - left[name],
-            "duration": right[name] - between[name],
-            "decision": between[name] - left[name],
-        }
-        for name in HEADLINES
-        if name in left and name in right and name in between
-    }
+        split[name] = cell
+    return split
 
 
 def _configuration(

@@ -7,12 +7,16 @@ t as N(t), the integral of N_a - N_b is the sum of the requests' completion diff
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
+
+    from lab.analysis.aligned import Aligned
 
     Values = NDArray[np.int64] | NDArray[np.float64]
 
@@ -68,6 +72,39 @@ def completion_curves(ends_a: Values, ends_b: Values, lives_a: Values) -> dict[s
     }
 
 
+def order_distance(a: Values, b: Values) -> float | None:
+    """The share of pairs of requests that come in the other order, (1 - Kendall's tau) / 2; None below two."""
+    import numpy as np
+
+    count = len(a)
+    if count < 2:
+        return None
+    seen: list[int] = []
+    inverted = 0
+    # By a, equal ones by b: of each request, those before it in a that come strictly after it in b.
+    for value in b[np.lexsort((b, a))].tolist():
+        place = bisect_right(seen, value)
+        inverted += len(seen) - place
+        seen.insert(place, value)
+    return inverted / (count * (count - 1) // 2)
+
+
+def of_decisions(decisions: Mapping[str, Any], aligned: Aligned) -> dict[str, float | None]:
+    """How much of the longer run lies after the first difference, and the edit distance of the best alignment."""
+    return {"after_first": 1 - decisions["common_prefix_ratio"], "edit": aligned.edit_distance}
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, float]:
+    """Every distance under its dotted name, as a number that is 0 for equal runs and never negative."""
+    from lab.analysis.frames import scalars
+
+    left_out = ("completions.area_ns", "completions.sum_of_differences_ns")
+    out = {key: abs(value) for key, value in scalars(tree).items() if key not in left_out}
+    if "interval_iou" in out:
+        out["intervals"] = 1 - out.pop("interval_iou")
+    return out
+
+
 def interval_iou(a: pd.DataFrame, b: pd.DataFrame) -> float | None:
     """Overlap over union of the (request, stage) intervals of two runs; 1.0 when they coincide."""
     groups = [_by_stage(frame) for frame in (a, b)]
@@ -110,5 +147,9 @@ def summary(
         "completions": completion_curves(
             values(done_a, "last_token_ns"), values(done_b, "last_token_ns"), values(done_a, "e2e_ns")
         ),
+        "order": {
+            "first_token": order_distance(values(done_a, "first_token_ns"), values(done_b, "first_token_ns")),
+            "completion": order_distance(values(done_a, "last_token_ns"), values(done_b, "last_token_ns")),
+        },
         "interval_iou": interval_iou(pieces_a[pieces_a["id"].isin(ids)], pieces_b[pieces_b["id"].isin(ids)]),
     }

@@ -25,6 +25,9 @@ STAGE_COLOURS = {
     "swapped": "#56B4E9",
     "prefill": "#E69F00",
     "decode": "#009E73",
+    "cache": "#F0E442",
+    "transfer": "#0072B2",
+    "host": "#8C6D46",
 }
 KV_COLOURS = {"held": "#332288", "cached": "#88CCEE", "free": "#ECECEC"}
 
@@ -34,6 +37,9 @@ STAGE_LABELS = {
     "swapped": "queue, swapped out",
     "prefill": "prefill",
     "decode": "decode",
+    "cache": "prefix-cache hits",
+    "transfer": "KV transfers",
+    "host": "host",
 }
 
 

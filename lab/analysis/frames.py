@@ -20,15 +20,22 @@ STAGES = ("queue", "preempted", "swapped", "prefill", "decode")
 """Stages that tile a request: waiting for the first time, waiting after a preemption that dropped or that kept
 its KV blocks (`swapped`, in host memory), prefill, decode."""
 
+PARTS = ("queue", "preempted", "swapped", "prefill", "cache", "decode", "transfer", "host")
+"""What a difference is attributed to: the stages, of which prefill and decode are cut further (`lab.analysis.parts`)
+into model execution, KV transfers, the host's work, and what prefix-cache hits saved."""
+
 STAGE_WORDS = {
     "queue": "queueing",
     "preempted": "waiting after preemption",
     "swapped": "waiting swapped out",
     "prefill": "prefill",
+    "cache": "prefix-cache hits",
     "decode": "decode",
+    "transfer": "KV transfers",
+    "host": "the host",
 }
 
-STEP_PHASES = ("plan", "transfer", "prepare", "forward", "sample", "commit")
+STEP_PHASES = ("plan", "transfer", "prepare", "forward", "sample", "compact", "commit")
 """Stages that tile a step, control plane outside, data plane inside."""
 
 _CAUSES = ("preempted", "swapped")
@@ -50,6 +57,21 @@ class RunLike(Protocol):
     def config(self) -> Mapping[str, Any]: ...
     @property
     def partial(self) -> str | bool | None: ...
+
+
+def table_of(run: RunLike, table: str, columns: list[str]) -> pd.DataFrame:
+    """A table of a run; an empty one of these columns where the run didn't keep it (`run.record=requests`, `steps`)."""
+    import pandas as pd
+
+    from lab.errors import RunError
+
+    try:
+        frame: pd.DataFrame = getattr(run, table)
+    except RunError:
+        if run.partial or (run.config.get("run") or {}).get("record", "everything") == "everything":
+            raise
+        return pd.DataFrame({column: [] for column in columns})
+    return frame
 
 
 def backend(run: RunLike) -> str:

@@ -170,12 +170,7 @@ def attribution_bars(diff: Diff) -> Figure:
     a, b = diff.labels
     for axis, what in zip(axes, ("e2e", "ttft"), strict=True):
         found = diff.attribution[what]
-        stages = [
-            stage
-            for stage in found["stages"]
-            if found["stages"][stage]["total_ms"]
-            or (stage != "swapped" and (what == "e2e" or stage != "decode"))
-        ]
+        stages = [stage for stage in diff.moved if what == "e2e" or stage != "decode"]
         values = [found["stages"][stage]["mean_ms"] for stage in stages] + [found["mean_ms"]]
         colours = [STAGE_COLOURS[stage] for stage in stages] + ["#444444"]
         names = [STAGE_LABELS[stage] for stage in stages] + ["total"]

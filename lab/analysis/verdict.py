@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lab.analysis.diff import Diff
-from lab.analysis.frames import STAGE_WORDS, STAGES
+from lab.analysis.frames import PARTS, STAGE_WORDS
 from lab.config import SEAMS
 
 
@@ -163,7 +163,7 @@ def _error(diff: Diff) -> str:
 
 def _stages(diff: Diff) -> str:
     found = diff.attribution["e2e"]
-    parts = sorted(STAGES, key=lambda stage: -found["stages"][stage]["share"])
+    parts = sorted(PARTS, key=lambda stage: -found["stages"][stage]["share"])
     told = [
         f"{STAGE_WORDS[stage]} {100 * found['stages'][stage]['share']:.0f} % "
         f"({found['stages'][stage]['mean_ms']:+.3f} ms a request)"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.analysis.diff import HEADLINES, Diff, diff
-from lab.analysis.frames import STAGES, intervals
+from lab.analysis.frames import PARTS, intervals
 from lab.analysis.verdict import changes, verdict
 from tests.analysis.toy import ToyRun, linear, pair, toy_run
 
@@ -51,7 +51,7 @@ def test_stage_differences_sum_to_each_requests_difference_exactly(
     real, sim, _ = pair(seed, count=count, blocks=blocks)
     d = diff(real, sim)
     for latency in ("e2e", "ttft"):
-        parts = sum(d.requests[f"{latency}_{stage}_delta_ns"] for stage in STAGES)
+        parts = sum(d.requests[f"{latency}_{stage}_delta_ns"] for stage in PARTS)
         assert (parts == d.requests[f"{latency}_delta_ns"]).all()
         assert d.attribution[latency]["residual_ns"] == 0
     both = real.requests.set_index("id"), sim.requests.set_index("id")
@@ -83,7 +83,7 @@ def test_swapping_the_runs_negates_signed_values_and_keeps_distances(seed: int, 
     real, sim, _ = pair(seed, count=count, blocks=40)
     there, back = diff(real, sim), diff(sim, real)
     for latency in ("e2e", "ttft"):
-        for stage in STAGES:
+        for stage in PARTS:
             assert total_ns(there, latency, stage) == -total_ns(back, latency, stage)
             cells = (d.attribution[latency]["stages"][stage] for d in (there, back))
             left, right = (cell["share"] for cell in cells)
