@@ -81,7 +81,7 @@ def _why(run: RunLike, seen: dict[str, Any], request: str, rows: pd.DataFrame) -
     now = seen["now_ns"]
     if request not in rows.index:
         return "it never came here"
-    row: dict[str, Any] = rows.loc[request].to_dict()
+    row: dict[Any, Any] = rows.loc[request].to_dict()
     if row["arrival_ns"] > now:
         return f"it arrived {(row['arrival_ns'] - now) / 1e6:.3f} ms later"
     if request in seen["preempted"]:
