@@ -16,6 +16,13 @@ from lab.analysis.anatomy import (
     time_by_phase,
     time_by_stage,
 )
+from lab.analysis.diffplots import (
+    alignment_path,
+    distances_and_noise,
+    percentile_errors,
+    residual_heat,
+    split_bars,
+)
 from lab.analysis.drawing import (
     OTHER_COLOURS,
     SIDE_COLOURS,
@@ -227,3 +234,20 @@ def figures(runs: Sequence[RunLike], diff: Diff | None = None) -> Iterator[tuple
     if diff is not None:
         text = "Each matched request on both sides; points on the line took equally long."
         yield ("requests", "Error by request", text), request_errors(diff)
+        yield from _of_difference(diff)
+
+
+def _of_difference(diff: Diff) -> Iterator[tuple[Caption, Figure]]:
+    text = "Percentile against percentile, and the error of each; the band is what chance leaves open."
+    yield ("percentiles", "Percentiles", text), percentile_errors(diff)
+    if diff.residuals["residual_ns"].any():
+        text = "How far off a step's duration is, by the step's shape, over steps that did the same work."
+        yield ("residuals", "Step-time residuals by shape", text), residual_heat(diff)
+    if diff.counterfactual and any(cell["total"] for cell in diff.counterfactual.values()):
+        text = "What is left of each error when one side runs with the other's step durations."
+        yield ("split", "Duration error and decision error", text), split_bars(diff)
+    if diff.decisions["first_divergent_step"] is not None:
+        text = "After the first difference steps are aligned by the tokens that they computed, in order."
+        yield ("alignment", "Steps aligned by their work", text), alignment_path(diff)
+    text = "How far apart the two timelines are, and how far apart repeats of the reference are."
+    yield ("distances", "Distances and noise", text), distances_and_noise(diff)

@@ -32,6 +32,18 @@ FACTS = {
 }
 """Facts about a step's batch, and what one unit of each is."""
 
+_SUMS = {
+    "tokens": ("prefill_tokens", "decode_tokens"),
+    "prefill_tokens": ("tokens",),
+    "decode_tokens": ("tokens", "batch", "samples"),
+    "batch": ("decode_tokens", "samples"),
+    "samples": ("decode_tokens", "batch"),
+    "context_tokens": ("decode_context",),
+    "decode_context": ("context_tokens", "decode_padded"),
+    "decode_padded": ("context_tokens", "decode_context"),
+}
+"""Facts that (nearly) add up to each other or to this one: a fit of its coefficient leaves them out."""
+
 EXPLAINED = 0.9
 """A term that explains this share of a phase's squared residual is named as its cause."""
 
@@ -173,7 +185,7 @@ def _coefficient(took: NDArray[np.float64], facts: dict[str, NDArray[np.float64]
     import numpy as np
     from scipy.optimize import nnls
 
-    names = list(facts)
+    names = [fact for fact in facts if fact not in _SUMS.get(name, ())]
     scale = np.array([max(float(facts[n].max()), 1.0) for n in names])
     every = max(1, -(-len(took) // 4000))
     matrix = np.column_stack([facts[n][::every] for n in names]) / scale

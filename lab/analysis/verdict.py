@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from lab.analysis.around import rule
 from lab.analysis.diff import Diff
 from lab.analysis.frames import PARTS, STAGE_WORDS
+from lab.analysis.residuals import EXPLAINED, FACTS
 from lab.config import SEAMS
 
 
 def verdict(diff: Diff) -> list[str]:
     """What a reader should know first, most important first; each item is one or two whole sentences."""
-    said = [_warnings(diff), _decisions(diff), _error(diff), _stages(diff), _parity(diff), _alignment(diff)]
+    said = [
+        _warnings(diff),
+        cause(diff),
+        _decisions(diff),
+        _error(diff),
+        _stages(diff),
+        _parity(diff),
+        _noise(diff),
+        _alignment(diff),
+        _unaligned(diff),
+    ]
     return [sentence for sentence in said if sentence]
 
 
@@ -122,6 +134,77 @@ def _workloads(diff: Diff) -> str:
     return f"{text} Compared are the {len(scope.ids)} that are alike, and nothing is re-simulated."
 
 
+def cause(diff: Diff) -> str:
+    """The planted or real error that the numbers point at, if one does: a rule, or a term of the step time."""
+    if not diff.scope.same_workload:
+        return ""
+    said = []
+    for found, when in (
+        (diff.decisions["first_divergence"], ""),
+        (diff.replay_divergence, f" with {diff.labels[0]}'s durations"),
+    ):
+        clause = rule(found, diff.keys, diff.labels) if found is not None and found["difference"] else ""
+        if clause and found is not None:
+            policies = [key for key in diff.configuration if key.partition(".")[0] in SEAMS]
+            what = (
+                f"the policies differ as configured ({names(policies)}), first in"
+                if policies
+                else "a rule differs:"
+            )
+            said.append(f"{what} {clause} (step {found['step']}{when})")
+            break
+    if len(diff.terms):
+        term: dict[Any, Any] = diff.terms.iloc[0].to_dict()
+        if term["explained"] >= EXPLAINED and term["share"] >= 0.5:
+            size = f"{term['delta_ns']:+,.1f} ns a unit"
+            if term["factor"] == term["factor"]:
+                size = f"x {term['factor']:.3g}, {size}"
+            alike = [FACTS[name] for name in term["alike"]]
+            also = f" (or {' or '.join(alike)}: these steps don't tell them apart)" if alike else ""
+            said.append(
+                f"{term['phase']} time for each {FACTS[term['fact']]}{also} is off ({size}), which explains "
+                f"{100 * term['explained']:.0f} % of that phase's error over {len(diff.residuals)} equal steps"
+            )
+    return f"Cause: {'; and '.join(said)}." if said else ""
+
+
+def _noise(diff: Diff) -> str:
+    """What chance alone would have done."""
+    if diff.noise is None:
+        if not diff.measured or diff.decisions["first_divergent_step"] is None:
+            return ""
+        return (
+            "Without repeats of the measured run (--noise RUN RUN) there is no noise floor: a first divergence means "
+            "little, since two measured runs part as well."
+        )
+    found = diff.noise
+    e2e = found["distances"].get("e2e.w1_over_mean")
+    text = f"Noise floor of {found['runs']} repeats: "
+    if e2e is not None:
+        times = f", {e2e['ratio']:.1f} times the noise" if e2e["ratio"] is not None else ""
+        text += f"E2E distributions lie {100 * e2e['floor']:.2f} % apart (here {100 * e2e['distance']:.2f} %{times}); "
+    if found["first_divergent_step"] is None:
+        return text + "the repeats took the same decisions throughout."
+    return (
+        f"{text}{found['parted']} of {found['pairs']} pairs part by themselves, at step "
+        f"{found['first_divergent_step']:.0f} in the median."
+    )
+
+
+def _unaligned(diff: Diff) -> str:
+    """Which steps have no partner, and what a run didn't keep."""
+    if not diff.aligned.by_work and diff.decisions["first_divergent_step"] is not None:
+        return "A run kept no plans, so steps are aligned while their digests are equal and no further."
+    if not any(diff.decisions["steps"].values()):
+        return "The runs kept no steps (run.record), so only requests are compared."
+    if not any(diff.aligned.alone):
+        return ""
+    counts = [
+        f"{count} of {label}" for count, label in zip(diff.aligned.alone, diff.labels, strict=True) if count
+    ]
+    return f"Steps without a counterpart: {' and '.join(counts)}."
+
+
 def _decisions(diff: Diff) -> str:
     step, counts = diff.decisions["first_divergent_step"], diff.decisions["steps"]
     if step is None:
@@ -179,6 +262,13 @@ def _stages(diff: Diff) -> str:
 def _parity(diff: Diff) -> str:
     if diff.parity is None:
         return ""
+    parted = diff.decisions["first_divergence"]
+    if diff.parity and parted is not None and parted["cause"] == "rule":
+        return (
+            f"Run again by this code with {diff.labels[0]}'s durations, {diff.labels[1]}'s configuration takes "
+            f"{diff.labels[0]}'s decisions: {diff.labels[1]} was made by other code, or its configuration doesn't "
+            "tell all."
+        )
     if diff.parity:
         return (
             f"Parity holds: driven with {diff.labels[0]}'s durations, every plan digest comes out the same."

@@ -1,0 +1,103 @@
+"""A planted error is found by the tool, not by the reader: its cause stands in the first sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lab.analysis import Diff, Run, load
+from lab.analysis.verdict import cause, verdict
+from lab.assembly import EngineSpec
+from lab.diff import compare
+from lab.experiment import main
+from lab.session import Side, run_side
+from sim.backend import REFERENCE, SimBackend, recorded_capacity
+from sim.cost.linear import LinearCost
+from sim.cost.model import CostModel
+
+WORDS = (
+    *("backend=sim", "cost=reference", "run.report=false", "trace=poisson", "trace.n=50", "trace.rate=6"),
+    *("trace.prefix_tokens=64", "trace.prefix_groups=6", "kv.blocks=200"),
+    *("trace.prompt.high=700", "trace.output.high=120"),
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("planted") / "before"
+    assert main([*WORDS, f"run.dir={out}"]) == 0
+    return load(out)
+
+
+def again(
+    run: Run,
+    out: Path,
+    change: Callable[[EngineSpec], EngineSpec] = lambda spec: spec,
+    cost: CostModel | None = None,
+) -> Run:
+    """The run once more with something changed that its configuration doesn't tell."""
+    side = Side(
+        backend=SimBackend(cost or LinearCost.load(REFERENCE), recorded_capacity(run), "modelled", {}),
+        spec=change(EngineSpec.of(run.config)),
+        requests=run.workload(),
+        config_text=yaml.safe_dump(dict(run.config), sort_keys=False),
+        model="",
+    )
+    run_side(side, out, None)
+    return load(out)
+
+
+def first_words(d: Diff) -> str:
+    assert verdict(d)[0] == cause(d)
+    return cause(d)
+
+
+def test_a_run_made_again_differs_by_nothing(plain: Run, tmp_path: Path) -> None:
+    d = compare(plain, again(plain, tmp_path / "after"))
+    assert cause(d) == ""
+    assert d.aligned.edit_distance == 0
+    assert d.terms.empty
+    assert not d.requests[[c for c in d.requests if str(c).endswith("_delta_ns")]].to_numpy().any()
+
+
+def test_a_scaled_term_of_the_cost_model_is_named_with_its_factor(plain: Run, tmp_path: Path) -> None:
+    true = LinearCost.load(REFERENCE)
+    forward = dict(true.coefficients["forward_ns"])
+    scaled = {**true.coefficients, "forward_ns": {**forward, "rows": forward["rows"] * 0.15}}
+    d = compare(plain, again(plain, tmp_path / "after", cost=LinearCost(scaled)))
+    words = first_words(d)
+    assert "forward time for each token" in words
+    term = d.terms.iloc[0]
+    assert term["explained"] > 0.999
+    assert term["delta_ns"] == pytest.approx(-0.85 * forward["rows"], rel=1e-3)
+    assert d.parity is True
+    assert d.counterfactual is not None
+    assert d.counterfactual["e2e_ms.mean"]["decision"] == 0
+
+
+def test_a_budget_off_by_one_is_named(plain: Run, tmp_path: Path) -> None:
+    def smaller(spec: EngineSpec) -> EngineSpec:
+        return replace(spec, limits=replace(spec.limits, token_budget=spec.limits.token_budget - 1))
+
+    d = compare(plain, again(plain, tmp_path / "after", smaller))
+    assert "the step's token budget: before took 512 tokens, after 511" in first_words(d)
+    assert any("made by other code" in sentence for sentence in verdict(d))
+
+
+def test_a_changed_rule_of_the_prefix_cache_is_named(plain: Run, tmp_path: Path) -> None:
+    d = compare(plain, again(plain, tmp_path / "after", lambda spec: replace(spec, prefix_cache=False)))
+    assert "the prefix cache: it supplied" in first_words(d)
+    assert d.attribution["ttft"]["stages"]["cache"]["mean_ms"] > 0
+    assert d.attribution["ttft"]["residual_ns"] == 0
+
+
+def test_a_reversed_tie_break_of_eviction_is_named(plain: Run, tmp_path: Path) -> None:
+    def turned(spec: EngineSpec) -> EngineSpec:
+        return replace(spec, policies={**spec.policies, "eviction": {"name": "lru_head"}})
+
+    d = compare(plain, again(plain, tmp_path / "after", turned))
+    assert "evicted" in first_words(d)
