@@ -85,12 +85,12 @@ def residual_heat(diff: Diff) -> Figure:
             annot=error.size <= 60,
             fmt="+.0f" if limit >= 10 else "+.1f",
             annot_kws={"fontsize": 7},
-            cbar_kws={"label": "mean error (%)"},
             linewidths=0.4,
         )
         axis.grid(visible=False)
         axis.set(xlabel="tokens in the step, from", ylabel=f"{what}, from")
         axis.set_title(f"Step time of {diff.labels[1]} against {diff.labels[0]}")
+        axis.collections[0].colorbar.ax.set_title("mean error (%)", fontsize=8)  # type: ignore[union-attr]
     return figure
 
 
