@@ -183,7 +183,10 @@ def attribution_bars(diff: Diff) -> Figure:
         names = [STAGE_LABELS[stage] for stage in stages] + ["total"]
         bars = axis.barh(names, values, color=colours)
         axis.bar_label(
-            bars, labels=[f"{value:+.3f}" if value else "0" for value in values], padding=3, fontsize=8
+            bars,
+            labels=[f"{value:+,.3f}" if 0 < abs(value) < 1000 else f"{value:+,.0f}" for value in values],
+            padding=3,
+            fontsize=8,
         )
         axis.invert_yaxis()
         axis.margins(x=0.22)
