@@ -1,7 +1,7 @@
 """fcfs: first come, first served, with continuous batching and chunked prefill.
 
-Rule: running requests first, in order of admission (a decode takes one token, an unfinished prompt its next
-chunk); then waiting ones by arrival, until the first that doesn't fit; none in a step that preempted. When
+Rule: running requests first (decodes, one token each, then unfinished prompts, their next chunk; each kind in
+order of admission); then waiting ones by arrival, until the first that doesn't fit; none in a step that preempted. When
 KV runs short the last admitted is preempted. A running request's demand never grows, so whoever was
 admitted keeps being served: decodes can't starve behind prompts.
 Origin: the unified token budget of vLLM v1's scheduler (Orca, OSDI'22, for iteration-level batching).

@@ -1,10 +1,11 @@
 """vllm_v1: vLLM v1's scheduler: one token budget, no phases, and a cap on what a long prompt takes of a step.
 
-Rule: running requests first, in order of admission, each at most `long_prefill_threshold` tokens; when blocks
-run short the last of the running is preempted and the step admits nobody. Otherwise waiting requests by
-arrival (`fcfs`) or by (priority, arrival) (`priority`), until the first that doesn't fit. Under `priority` the
-victim is the one of the largest (priority, arrival). Preempted requests return by arrival, which under `fcfs`
-is vLLM's "to the front of the queue".
+Rule: running requests first, each at most `long_prefill_threshold` tokens: those that decode, then those amid their
+prompt, each kind in order of admission. (vLLM takes all in order of admission. The grants are the same unless the token
+budget runs short amid the running: there an earlier prompt goes before later decodes.) When blocks run short the last
+of the running is preempted and the step admits nobody. Otherwise waiting requests by arrival (`fcfs`) or by (priority,
+arrival) (`priority`), until the first that doesn't fit. Under `priority` the victim is the one of the largest
+(priority, arrival). Preempted requests return by arrival, which under `fcfs` is vLLM's "to the front of the queue".
 Origin: vllm/v1/core/sched/scheduler.py. Wins: the default that others are measured against; the cap lets
 short prompts pass a long one. Loses: without the cap one chunk can take all that running requests leave.
 Cost: O(running log running) a step, O(log waiting) an admission.
