@@ -89,8 +89,8 @@ def residual_heat(diff: Diff) -> Figure:
         )
         axis.grid(visible=False)
         axis.set(xlabel="tokens in the step, from", ylabel=f"{what}, from")
-        axis.set_title(f"Step time of {diff.labels[1]} against {diff.labels[0]}")
-        axis.collections[0].colorbar.ax.set_title("mean error (%)", fontsize=8)  # type: ignore[union-attr]
+        axis.set_title(f"Step time of {diff.labels[1]} against {diff.labels[0]}: mean error")
+        axis.collections[0].colorbar.ax.set_title("%", fontsize=8)  # type: ignore[union-attr]
     return figure
 
 
