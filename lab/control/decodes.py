@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _FORGET = 1 << 16
 """Grants after which every member is brought up to date, and the times before are dropped."""
 
+_NOBODY: Mapping[RequestId, LiveRequest] = {}
+
 
 class Decodes:
     """The running requests in steady decode, in order of joining; and of all others that run, `others`."""
@@ -45,8 +47,8 @@ class Decodes:
         self._context = 0
         self._marks = self._starts = 0
         self._ending: dict[int, dict[RequestId, LiveRequest]] = {}
-        self._by_block: list[dict[RequestId, LiveRequest]] = [{} for _ in range(block_size)]
-        """Members by the clock, modulo the block size, at which they need a block."""
+        self._by_block: dict[int, dict[RequestId, LiveRequest]] = {}
+        """Members by the clock, modulo the block size, at which they need a block; as many buckets as are in use."""
         self._joins = 0
         self._longest: int | None = 0
         """Most computed tokens of a member, less the clock; None when it has to be looked for."""
@@ -74,7 +76,7 @@ class Decodes:
         self._starts += mark * live.computed
         last = clock + live.request.output_limit - (live.known - live.prompt_tokens) - 1
         self._ending.setdefault(last, {})[name] = live
-        self._by_block[-offset % self._size][name] = live
+        self._by_block.setdefault(-offset % self._size, {})[name] = live
         if self._longest is not None:
             self._longest = max(self._longest, offset) if len(self.members) > 1 else offset
 
@@ -99,7 +101,10 @@ class Decodes:
             ending.pop(name, None)
             if not ending:
                 del self._ending[last]
-        del self._by_block[-offset % self._size][name]
+        residue = -offset % self._size
+        del self._by_block[residue][name]
+        if not self._by_block[residue]:
+            del self._by_block[residue]
         if offset == self._longest:
             self._longest = None
 
@@ -116,15 +121,15 @@ class Decodes:
     def needed(self) -> int:
         """Blocks that the next grant takes."""
         if self.bulk:
-            return len(self._by_block[self.clock % self._size])
+            return len(self._by_block.get(self.clock % self._size, ()))
         return sum(live.computed % self._size == 0 for live in self.members.values())
 
     def take(self, pool: BlockPool, now: int) -> list[tuple[RequestId, tuple[BlockId, ...]]]:
         """The blocks of the next grant; those that it fills are published. The caller has seen that there are."""
         size = self._size
         if self.bulk:
-            needing = self._by_block[self.clock % size].values()
-            filling = self._by_block[(self.clock + 1) % size].values()
+            needing = self._by_block.get(self.clock % size, _NOBODY).values()
+            filling = self._by_block.get((self.clock + 1) % size, _NOBODY).values()
         else:
             members = self.members.items()
             needing = {n: live for n, live in members if live.computed % size == 0}.values()

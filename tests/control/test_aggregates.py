@@ -20,7 +20,7 @@ from lab.errors import RequestRefused
 from lab.policy import EvictionPolicy, Step
 from policies.eviction.lru import Lru
 from policies.scheduling.fcfs import Fcfs
-from tests.control.harness import Notes, engine, request, step
+from tests.control.harness import Notes, drain, engine, request, step
 
 SCHEDULERS = plugins.names("policy")
 PREEMPTION = plugins.names("preemption")
@@ -218,3 +218,14 @@ def test_a_policy_is_not_asked_again_for_steps_that_it_promised(aggregate: bool)
     assert indices == list(range(13))
     assert {0, 10} <= set(asked)  # a prompt to compute, and somebody who came
     assert len(asked) <= 6
+
+
+@pytest.mark.parametrize("aggregate", [False, True])
+def test_a_block_may_be_as_large_as_it_likes(aggregate: bool) -> None:
+    core, notes = engine(
+        blocks=3, block_size=1 << 40, token_budget=64, aggregate=aggregate, prefix_cache=False
+    )
+    core.add(request("a", 8, output=3), 0)
+    core.add(request("b", 8, output=5), 0)
+    drain(core)
+    assert [len(record.output) for record in notes.requests.values()] == [3, 5]
