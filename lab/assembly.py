@@ -30,6 +30,8 @@ class EngineSpec:
     prefix_cache: bool
     seed: int
     fleet: FleetSpec = field(default_factory=FleetSpec)
+    joins_late: bool = False
+    """See `EngineCore`."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> EngineSpec:
@@ -48,6 +50,7 @@ class EngineSpec:
                     refresh=round(fleet["refresh_ms"] * 1e6),
                     noise=fleet["noise"],
                 ),
+                joins_late=bool(config.get("mechanisms", {}).get("async_scheduling", False)),
             )
         except (KeyError, TypeError) as error:
             raise RunError(
@@ -124,6 +127,7 @@ def assemble(
             policy_name=str(spec.policies["policy"]["name"]),
             on_admitted=future.passed if future is not None else None,
             aggregate=aggregate,
+            joins_late=spec.joins_late,
         )
         core.on_ended = lambda record, now: gateways[0].ended(record, now)
         return core

@@ -95,6 +95,24 @@ class CostConfig:
 
 
 @dataclass
+class MechanismsConfig:
+    """What serving engines do beside computing, each for itself; of the simulator alone."""
+
+    async_scheduling: bool = option(
+        False, "the next step is planned while one runs: who arrives meanwhile joins one step later"
+    )
+    graph_padding: bool = option(
+        False, "batches are padded to the sizes of recorded CUDA graphs (cost=physical, tables)"
+    )
+    warmup: float = option(0.0, "how much longer the very first step takes, as a share; fades away")
+    warmup_steps: float = option(10.0, "steps within which that falls to 1/e")
+    api_ms: float = option(0.0, "from the arrival until the engine knows of a request (8.2: vLLM on an H100)")
+    control: str = option(
+        "modelled", "time of planning: modelled (by the cost model), measured (then no two runs are equal)"
+    )
+
+
+@dataclass
 class EngineConfig:
     """Limits of one step."""
 
@@ -257,6 +275,7 @@ class Config:
     trace: Any = None
     model: ModelConfig = field(default_factory=ModelConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    mechanisms: MechanismsConfig = field(default_factory=MechanismsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
@@ -309,14 +328,19 @@ COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
             "the same with what engines reach of them (defaults: vLLM on an H100)",
             CostConfig("physical", hardware="h100_sxm"),
         ),
+        "tables": (
+            "the same with measured kernels in place of peaks (cost.tables=DIR)",
+            CostConfig("tables", hardware="h100_sxm"),
+        ),
         "replay": ("the step durations of a recorded run (cost.path=RUN)", CostConfig("replay")),
     }
 )
-SHAPED = ("roofline", "physical")
+SHAPED = ("roofline", "physical", "tables")
 """Cost models that need no measured engine: a device's description and a model's shape."""
 DTYPES = ("bfloat16", "float32")
 WIDTHS = ("bfloat16", "float16", "float32", "fp8", "int8", "int4")
 """Of weights and, but for the last, of KV."""
+CONTROL = ("modelled", "measured")
 OUTPUT_LENGTHS = ("forced", "stop")
 RECORD = ("everything", "steps", "requests")
 """`run.record`: all there is, and then less."""
@@ -484,6 +508,7 @@ def validate(cfg: Config) -> None:
     if cfg.cost.name == "replay" and cfg.cost.recalibrate:
         raise ConfigError("cost.recalibrate=true makes no sense with cost=replay; expected cost=fitted.")
     _cost(cfg)
+    _mechanisms(cfg)
     _endpoint(cfg.export.otlp_endpoint)
     for group in SEAMS:
         choice = getattr(cfg, group)
@@ -582,7 +607,13 @@ def _cost(cfg: Config) -> None:
     reached = {"weight_read", "kv_read", "mfu", "link", "layer_us", "sequence_us", "step_us", "collective_us"}
     own = {"name", "path", "recalibrate"}
     if cost.name in SHAPED:
-        own = {item.name for item in dataclasses.fields(cost)} - {"tables"}
+        own = {item.name for item in dataclasses.fields(cost)}
+    if cost.name != "tables":
+        own -= {"tables"}
+    elif cost.tables is None:
+        raise ConfigError(
+            "cost=tables needs the directory of one device's measured kernels: cost.tables=DIR."
+        )
     if cost.name == "roofline":
         own -= reached
     plain = CostConfig()
@@ -590,7 +621,13 @@ def _cost(cfg: Config) -> None:
         if item.name not in own and getattr(cost, item.name) != getattr(plain, item.name):
             raise ConfigError(
                 f"cost.{item.name}={getattr(cost, item.name)} isn't read with cost={cost.name}; expected cost="
-                + ("physical." if item.name in reached else f"{' or '.join(SHAPED)}.")
+                + (
+                    "tables."
+                    if item.name == "tables"
+                    else "physical or tables."
+                    if item.name in reached
+                    else f"{', '.join(SHAPED[:-1])} or {SHAPED[-1]}."
+                )
             )
     if cost.name in SHAPED and cost.recalibrate:
         raise ConfigError(
@@ -604,6 +641,26 @@ def _cost(cfg: Config) -> None:
         _at_least(f"cost.{key}", getattr(cost, key), 1)
     if cost.reserved_gib is not None and not 0 <= cost.reserved_gib < math.inf:
         raise ConfigError(f"cost.reserved_gib is {cost.reserved_gib}; expected a finite number, at least 0.")
+
+
+def _mechanisms(cfg: Config) -> None:
+    told = cfg.mechanisms
+    _one_of("mechanisms.control", told.control, CONTROL)
+    for key in ("warmup", "api_ms"):
+        value = getattr(told, key)
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"mechanisms.{key} is {value}; expected a finite number, at least 0.")
+    _positive("mechanisms.warmup_steps", told.warmup_steps)
+    if cfg.backend != "sim" and told != MechanismsConfig():
+        raise ConfigError(
+            f"mechanisms are switches of the simulator, and backend is {cfg.backend}; expected backend=sim."
+        )
+    if told.graph_padding and cfg.cost.name not in ("physical", "tables"):
+        raise ConfigError(
+            f"mechanisms.graph_padding isn't read with cost={cfg.cost.name}; expected cost=physical or tables."
+        )
+    if cfg.cost.name == "replay" and (told.warmup or told.control != "modelled"):
+        raise ConfigError("mechanisms.warmup and control are in a recorded run's durations already.")
 
 
 def _mode(cfg: Config) -> None:

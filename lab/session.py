@@ -132,6 +132,7 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
             partial=_because(ended),
             more=more,
         )
+        _account(side, directory)
         if ended is not None:
             raise ended
     return Ran(directory.path, recorder, info)
@@ -163,12 +164,20 @@ def _run_streaming(
     finally:
         log.close()
         stream.abandon()
+    _account(side, directory)
     directory.write_json("metrics.json", stream.tally.result(stream.sums, stream.fleet, wall))
     if ended is None:
         directory.finish()
         return Ran(directory.path, Recorder(), info)
     directory.mark_partial(_because(ended) or "")
     raise ended
+
+
+def _account(side: Side, directory: RunDirectory) -> None:
+    """What the backend has to say of its durations, such as how often they were extrapolated."""
+    said: dict[str, Any] = getattr(side.backend, "account", dict)()
+    if said:
+        directory.write_json("cost.json", said)
 
 
 @contextlib.contextmanager

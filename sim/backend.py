@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lab import plugins, ranks
 from lab.assembly import ControlPlane, EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
-from lab.config import MOST_BLOCKS, SHAPED, Config, cache_dir
+from lab.config import MOST_BLOCKS, SHAPED, Config, MechanismsConfig, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
@@ -23,9 +23,11 @@ from sim import hardware, model_shape
 from sim.capacity import RESERVED_GIB, blocks_that_fit
 from sim.cost.linear import FORMAT, LinearCost
 from sim.cost.model import CostModel
-from sim.cost.physical import MEASURED, PERFECT, Coefficients, Parallel, PhysicalCost
+from sim.cost.physical import GRAPH_SIZES, MEASURED, PERFECT, Coefficients, Parallel, PhysicalCost
 from sim.cost.replay import RecordedCost
+from sim.cost.tables import TablesCost
 from sim.cost.transfer import WithTransfers
+from sim.cost.warmup import WithWarmup
 from sim.driver import Simulation
 from sim.executor import Output, SimExecutor
 
@@ -52,17 +54,47 @@ class SimBackend:
         capacity: Capacity,
         evidence: Literal["modelled", "replayed"],
         about: Mapping[str, Any],
+<<<<<<< HEAD
         outputs: Mapping[RequestId, Output] | None = None,
     ) -> None:
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
         self.executor = SimExecutor(cost, capacity, outputs or {})
+=======
+        mechanisms: MechanismsConfig | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.evidence, self.about, self.capacity = evidence, about, capacity
+        self.cost = cost
+        self._mechanisms, self._console = mechanisms or MechanismsConfig(), console
+        timed: CostModel = cost if evidence == "replayed" else WithTransfers(cost, capacity)
+        if self._mechanisms.warmup:
+            timed = WithWarmup(timed, self._mechanisms.warmup, self._mechanisms.warmup_steps)
+        self.executor = SimExecutor(timed, capacity)
+>>>>>>> dcf78f3 (Measured kernels as a cost model (cost=tables), and what serving engines do beside computing, each a switch)
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
-        return Simulation(control, self.executor, requests, progress)
+        told = self._mechanisms
+        return Simulation(
+            control,
+            self.executor,
+            requests,
+            progress,
+            api_ns=round(told.api_ms * 1e6),
+            measured_control=told.control == "measured",
+        )
+
+    def account(self) -> dict[str, Any]:
+        """How often the cost model was asked for what nobody has measured; empty where it can't be."""
+        asked = getattr(self.cost, "account", None)
+        return {} if asked is None else dict(asked())
 
     def close(self) -> None:
         self.executor.close()
+        warnings = getattr(self.cost, "warnings", None)
+        if self._console is not None and warnings is not None:
+            for sentence in warnings():
+                self._console.say(sentence)
 
 
 def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
@@ -83,10 +115,10 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
                 "leave it out or give the same"
             )
         about: dict[str, Any] = {"cost": "replay", "recorded": recorded.path.name, "model": cfg.model.name}
-        return SimBackend(recorded_cost(recorded), capacity, "replayed", about)
+        return SimBackend(recorded_cost(recorded), capacity, "replayed", about, cfg.mechanisms)
     if cfg.cost.name in SHAPED:
-        return _shaped(cfg, beside)
-    cost = LinearCost.load(REFERENCE) if cfg.cost.name == "reference" else _fitted(cfg, console, beside)
+        return _shaped(cfg, console, beside)
+    cost = LinearCost.load(REFERENCE) if cfg.cost.name == "reference" else fitted(cfg, console, beside)
     capacity = beside.capacity if beside is not None else _capacity(cfg, cost)
     about = {
         "cost": cfg.cost.name,
@@ -94,10 +126,10 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         "model": cfg.model.name,
         "dtype": cfg.model.dtype,
     }
-    return SimBackend(WithTransfers(cost, capacity), capacity, "modelled", about)
+    return SimBackend(cost, capacity, "modelled", about, cfg.mechanisms, console)
 
 
-def _shaped(cfg: Config, beside: Backend | None) -> SimBackend:
+def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
     """A device that needn't be there, described; and KV blocks as many as fit on it."""
     cost = shaped_cost(cfg)
     capacity = beside.capacity if beside is not None else _described_capacity(cfg, cost)
@@ -110,7 +142,7 @@ def _shaped(cfg: Config, beside: Backend | None) -> SimBackend:
         "model": cfg.model.name,
         "dtype": cost.shape.dtype,
     }
-    return SimBackend(WithTransfers(cost, capacity), capacity, "modelled", about)
+    return SimBackend(cost, capacity, "modelled", about, cfg.mechanisms, console)
 
 
 def shaped_cost(cfg: Config) -> PhysicalCost:
@@ -126,7 +158,15 @@ def shaped_cost(cfg: Config) -> PhysicalCost:
     given = {field.name: getattr(wanted, field.name) for field in fields(Coefficients)}
     base = PERFECT if wanted.name == "roofline" else MEASURED
     coefficients = replace(base, **{key: value for key, value in given.items() if value is not None})
-    return PhysicalCost(shape, hardware.load(wanted.hardware or "h100_sxm"), coefficients, parallel)
+    device = hardware.load(wanted.hardware or "h100_sxm")
+    graphs = GRAPH_SIZES if cfg.mechanisms.graph_padding else ()
+    if wanted.tables is None:
+        return PhysicalCost(shape, device, coefficients, parallel, graphs)
+    from sim.cost import table_files
+
+    parallel.check(shape)
+    kernels = table_files.load(Path(wanted.tables).expanduser(), shape, device, parallel)
+    return TablesCost(shape, device, kernels, coefficients, parallel, graphs)
 
 
 def _described_capacity(cfg: Config, cost: PhysicalCost) -> Capacity:
@@ -193,7 +233,11 @@ def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
         capacity,
         "replayed",
         {"cost": "replay", "recorded": run_a.path.name},
+<<<<<<< HEAD
         recorded_outputs(run_b) if config.get("output_lengths") == "stop" else None,
+=======
+        MechanismsConfig(api_ms=float(config.get("mechanisms", {}).get("api_ms", 0.0))),
+>>>>>>> dcf78f3 (Measured kernels as a cost model (cost=tables), and what serving engines do beside computing, each a switch)
     )
     side = Side(
         backend=backend,
@@ -228,7 +272,8 @@ def calibration_file(cfg: Config, environment: Mapping[str, str]) -> Path:
     return cache_dir(cfg, environment) / "calibration" / f"{name}-{cfg.model.dtype}-{digest}.json"
 
 
-def _fitted(cfg: Config, console: Console, beside: Backend | None) -> LinearCost:
+def fitted(cfg: Config, console: Console, beside: Backend | None) -> LinearCost:
+    """The fit that is kept for this machine and model, or a new one, or the reference machine's."""
     import os
 
     path = calibration_file(cfg, os.environ)
@@ -289,6 +334,8 @@ def _calibrate(cfg: Config, console: Console, beside: Backend) -> LinearCost:
         f"Calibrated on {quality['grid_shapes']} batch shapes: mean error {quality['grid_error_pct']['mean_abs']} % "
         f"on them, {quality['holdout_error_pct']['mean_abs']} % on {quality['holdout_steps']} steps it never saw."
     )
+    kinds = quality["holdout_by_shape_pct"].items()
+    console.say("On batches left out: " + ", ".join(f"{kind} {e['mean_abs']} %" for kind, e in kinds) + ".")
     return cost
 
 

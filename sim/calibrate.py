@@ -3,16 +3,23 @@
 The grid drives the data plane alone with plans made by hand, so that every shape is measured on purpose. The
 short workload goes through the real control plane. Every other step of it joins the fit, which so learns the
 planning and commit times and what a step takes in company (forward passes in a row of their own are up to a
-tenth faster); the steps between are held out, for a first estimate of the error. Data plane.
+tenth faster); the steps between are held out, for a first estimate of the error. Fits that leave out a fifth of
+the shapes in turn say what the error is on each kind of batch. Data plane.
+
+    python -m sim.calibrate model=smollm2       measures this machine, prints the fit, and keeps it
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from lab import plugins
+from lab.config import Config, CostConfig
 from lab.control.clock import MeasuredControl
 from lab.control.core import EngineCore
 from lab.control.executor import Executor
@@ -25,6 +32,9 @@ from lab.errors import ConfigError
 from lab.policy import EvictionPolicy, SchedulingPolicy
 from sim.cost.linear import PHASES, LinearCost
 from sim.cost.model import Batch
+
+if TYPE_CHECKING:
+    from lab.backend import OpenBackend
 
 Notify = Callable[[int, int, str], None]
 """Called with (done, total, what) as calibration goes on."""
@@ -191,6 +201,7 @@ def calibrate(
             medians = [round(statistics.median(getattr(r, phase) for _, r in runs)) for runs in samples]
             measured[phase] = [*zip(batches, medians, strict=True), *told]
     fit = LinearCost.fit(measured, about)
+    by_shape = _by_shape(measured)
     executed = [statistics.median(result.duration_ns for _, result in runs) for runs in samples]
     times = [fit.step_time(runs[0][0]).execute_ns for runs in samples]
     quality = {
@@ -203,8 +214,36 @@ def calibrate(
         "holdout_error_pct": _errors(
             [fit.step_time(step.plan).total_ns for step in unseen], [step.timing.total_ns for step in unseen]
         ),
+        "holdout_by_shape_pct": by_shape,
     }
-    return LinearCost(fit.coefficients, {**about, "quality": quality})
+    return LinearCost(fit.coefficients, {**fit.measured_on, "quality": quality}, fit.intervals)
+
+
+FOLDS = 5
+
+
+def kind_of(batch: Batch) -> str:
+    """What sort of batch it is, for errors by sort."""
+    if batch.prefill_pairs == 0:
+        return "up to 4 decodes" if batch.seqs <= 4 else "more decodes"
+    return "mixed" if batch.decode_context else "prompts"
+
+
+def _by_shape(measured: Mapping[str, Sequence[tuple[Batch, int]]]) -> dict[str, dict[str, float]]:
+    """Error of the forward pass on each kind of batch, by fits that didn't see it: every fifth is left out in turn."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for fold in range(FOLDS):
+        seen = {
+            phase: [item for i, item in enumerate(items) if i % FOLDS != fold] or items
+            for phase, items in measured.items()
+        }
+        fit = LinearCost.fit(seen, {}, intervals=False)
+        for batch, took in measured["forward_ns"][fold::FOLDS]:
+            pairs.setdefault(kind_of(batch), []).append((fit.price(batch).forward_ns, took))
+    return {
+        kind: {"batches": len(found), **_errors([p for p, _ in found], [m for _, m in found])}
+        for kind, found in sorted(pairs.items())
+    }
 
 
 def _spread(durations: Sequence[int]) -> float:
@@ -220,3 +259,44 @@ def _errors(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, 
         "mean": round(statistics.fmean(relative), 2),
         "total": round((sum(predicted) - sum(measured)) / sum(measured) * 100, 2),
     }
+
+
+def describe(cost: LinearCost) -> list[str]:
+    """The fit as lines: each coefficient with its interval, and the errors."""
+    lines = []
+    for phase, terms in cost.coefficients.items():
+        for name, value in terms.items():
+            low, high = cost.intervals.get(phase, {}).get(name, (float("nan"),) * 2)
+            lines.append(f"{phase:11} {name:16} {value:14,.1f} ns   95 %: {low:,.1f} to {high:,.1f}")
+    quality = cost.measured_on.get("quality", {})
+    for kind, found in quality.get("holdout_by_shape_pct", {}).items():
+        lines.append(
+            f"left out, {kind:16} {found['mean_abs']:5.1f} % mean error over {found['batches']:.0f} batches "
+            f"({found['mean']:+.1f} % signed)"
+        )
+    return lines
+
+
+def command(cfg: Config) -> int:
+    """Measure the real engine that `cfg` describes, keep the fit where `cost=fitted` looks for it, and print it."""
+    from lab.console import Console
+    from sim.backend import fitted
+
+    console = Console()
+    engine = cast("OpenBackend", plugins.load_object("backend", "real"))(cfg, console, None)
+    try:
+        cost = fitted(dataclasses.replace(cfg, cost=CostConfig(recalibrate=True)), console, engine)
+    finally:
+        engine.close()
+    print("\n".join(describe(cost)))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    from lab.cli import main as run
+
+    return run(command, about="Measure the real engine and fit the simulator's cost model to it.", argv=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

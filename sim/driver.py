@@ -12,8 +12,10 @@ from typing import Any
 import simpy
 
 from lab.assembly import ControlPlane
+from lab.control.clock import ControlTimer, MeasuredControl
 from lab.control.core import EngineCore
 from lab.control.loop import IDLE, serve
+from lab.control.plan import StepPlan
 from lab.control.request import Request
 from sim.executor import SimExecutor
 
@@ -38,6 +40,19 @@ class Clock(simpy.Environment):
         return int(self._queue[0][0]) if self._queue else NEVER
 
 
+class MeasuredOver(MeasuredControl):
+    """The control plane's own time by the wall clock, around an executor that models all else."""
+
+    def __init__(self, executor: SimExecutor) -> None:
+        super().__init__()
+        self._executor = executor
+
+    def plan_ns(self, plan: StepPlan) -> int:
+        took = super().plan_ns(plan)
+        self._executor.plan_ns(plan)
+        return took
+
+
 class Simulation:
     """A fleet of replicas behind a gateway, fed from a list of requests in order of arrival.
 
@@ -50,8 +65,14 @@ class Simulation:
         executor: SimExecutor,
         requests: Sequence[Request],
         progress: Progress | None = None,
+        *,
+        api_ns: int = 0,
+        measured_control: bool = False,
     ) -> None:
+        """`api_ns`: from a request's arrival until the gateway hears of it. `measured_control`: planning takes what it
+        takes here and now, and no two runs are equal."""
         self._env = Clock()
+        self._api_ns, self._measured_control = api_ns, measured_control
         self._gateway, self._fleet = control.gateway, control.fleet
         self._executor = executor
         self._requests = requests
@@ -77,11 +98,11 @@ class Simulation:
     def _arrivals(self) -> Generator[simpy.Event, Any, None]:
         env, requests = self._env, self._requests
         while self._next < len(requests):
-            wait = requests[self._next].arrival - env.now
+            wait = self._due() - env.now
             if wait > 0:
                 yield env.timeout(wait)
             awake: dict[int, None] = {}
-            while self._next < len(requests) and requests[self._next].arrival <= env.now:
+            while self._next < len(requests) and self._due() <= env.now:
                 request = requests[self._next]
                 self._next += 1
                 awake[self._gateway.submit(request, int(env.now)).replica] = None
@@ -90,6 +111,10 @@ class Simulation:
             for index in awake:
                 self._wake(index)
         self._end_if_over()
+
+    def _due(self) -> int:
+        """When the next request reaches the gateway."""
+        return self._requests[self._next].arrival + self._api_ns
 
     def _end_if_over(self) -> None:
         over = self._next == len(self._requests) and self._serving == len(self._idle)
@@ -110,8 +135,11 @@ class Simulation:
     def _replica(self, core: EngineCore, executor: SimExecutor) -> Generator[simpy.Event, Any, None]:
         env, index = self._env, core.replica
         price = executor.decode_time
+        timer: ControlTimer = executor
+        if self._measured_control:
+            price, timer = None, MeasuredOver(executor)
         coast = None if price is None else lambda now: core.coast(price, now, env.horizon())
-        for wait in serve(core, executor, executor, lambda: int(env.now), coast):
+        for wait in serve(core, executor, timer, lambda: int(env.now), coast):
             if wait == IDLE:
                 over = self._next == len(self._requests)
                 if core.has_work and (over or self._fleet.draining(index)):
@@ -129,7 +157,7 @@ class Simulation:
                     self._progress(core, int(env.now))
                 continue
             yield env.timeout(wait)
-            if self._next < len(self._requests) and self._requests[self._next].arrival == env.now:
+            if self._next < len(self._requests) and self._due() == env.now:
                 # The arrival process is due at this very instant; let it go first.
                 yield env.timeout(0)
             if self._progress is not None:

@@ -102,6 +102,9 @@ class EngineCore:
 
     `aggregate` keeps decodes in steady state as sums (`lab.control.decodes`), for a data plane whose tokens carry
     no meaning where the output's length is forced: the same decisions, but such tokens are not emitted.
+
+    `joins_late`: the next step is decided while one is being executed, so that a request which arrives meanwhile waits
+    one more (asynchronous scheduling, vLLM 0.14 and later).
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class EngineCore:
         policy_name: str = "",
         on_admitted: Callable[[RequestId], None] | None = None,
         aggregate: bool = False,
+        joins_late: bool = False,
     ) -> None:
         self.policy = policy
         self.policy_name = policy_name or type(policy).__name__
@@ -153,6 +157,9 @@ class EngineCore:
         """Those of them that wait for another one to compute their prompt first."""
         self._ripe: dict[RequestId, None] = {}
         """Parents of which more may be let into the queue."""
+        self._joins_late = joins_late
+        self._late: list[LiveRequest] = []
+        """Held, too: requests that the next plan doesn't know of."""
         self._released: list[RequestId] = []
         self._in_flight: _InFlight | None = None
         self._committed: _InFlight | None = None
@@ -274,7 +281,17 @@ class EngineCore:
             for live in group:
                 live.group = group
         self._held += len(group)
-        self._let_in(group[0], now)
+        if self._joins_late and self._in_flight is not None:
+            self._late.append(group[0])
+            self._repeats = 0
+        else:
+            self._let_in(group[0], now)
+
+    def _let_late_in(self, late: list[LiveRequest], now: int) -> list[LiveRequest]:
+        for live in late:
+            if live.status == "held":  # and not aborted meanwhile
+                self._let_in(live, now)
+        return []
 
     def _let_in(self, live: LiveRequest, now: int) -> None:
         """A request that was held waits in the queue from now on."""
@@ -337,6 +354,7 @@ class EngineCore:
             end = max(now, live.phase_start, *live.token_times[-1:])
             self._observer.on_request(live.record("unfinished", "interrupted", end))
         self._in_flight = None
+        self._late.clear()
         self._requests.clear()
         self._running.clear()
         self._waiting.clear()
@@ -355,6 +373,9 @@ class EngineCore:
         if self._ripe:
             promised = 0
             self._settle_groups(now)
+        late, self._late = self._late, []
+        if late and not (self._running or self._waiting):  # nothing to decide without them
+            late = self._let_late_in(late, now)
         self._evicting("expired", self.pool.expire, now)
         step = StepBuilder(
             self._index,
@@ -382,13 +403,15 @@ class EngineCore:
             step.repeats, step.repeats_past_ends = promised - 1, self._repeats_past_ends
         else:
             self._call(self.policy.schedule, step)
+        joined = bool(late)
+        self._let_late_in(late, now)
         if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
-            return StepPlan(self._index, now, (), self._digest)
+            return self.plan(now) if joined else StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
         alone = len(step.work) == len(step.together) and not (
             step.preempted or step.rejected or decodes.others
         )
-        if step.repeats and alone:
+        if step.repeats and alone and not joined:
             self._repeats, self._repeats_past_ends = step.repeats, step.repeats_past_ends
         plan = self._freeze(step)
         self._in_flight = self._describe(plan, step)

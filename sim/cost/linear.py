@@ -2,12 +2,14 @@
 
 Non-negative coefficients keep it physical: more work never takes less time. Two hinges on the number of
 rows let the forward pass be flat while it is bound by reading weights and steep once it is bound by
-arithmetic. Coefficients come from `sim.calibrate`.
+arithmetic. Coefficients come from `sim.calibrate`, each with the interval that resampled measurements give it. A
+batch larger than any that was measured is extrapolated, counted, and said after the run.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,12 @@ PHASES: dict[str, tuple[str, ...]] = {
 }
 """Which features may explain which phase, in the order of `StepTiming`."""
 
+REACH = ("rows", "seqs", "decode_context", "prefill_pairs")
+"""What a batch is large in; beyond what was measured, the fit only continues its lines."""
+OUTLIER = 1.345
+"""Residuals beyond so many of their spreads count less than squared (Huber: 95 % efficient where noise is normal)."""
+RESAMPLES = 200
+
 
 @dataclass(frozen=True)
 class LinearCost:
@@ -51,6 +59,13 @@ class LinearCost:
     coefficients: Mapping[str, Mapping[str, float]]
     measured_on: Mapping[str, Any] = field(default_factory=dict)
     """Machine, model, dtype, capacity and fit quality, for people and for the run's record."""
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """Where 95 % of each coefficient's values lie when measurements are resampled, in the same units. Bounded features
+    that resemble one another share their time as it comes: the true value lies outside more often than that says."""
+    steps: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
+    outside: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
+    """How often a batch was larger than any measured one, by what it was large in."""
+    _reach: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _phases: list[list[tuple[float, Feature]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,15 +74,28 @@ class LinearCost:
             [(value, FEATURES[name]) for name, value in self.coefficients[phase].items()] for phase in PHASES
         ]
         object.__setattr__(self, "_phases", compiled)
+        most = self.measured_on.get("most", {})
+        object.__setattr__(self, "_reach", tuple(float(most.get(name, float("inf"))) for name in REACH))
 
     def step_time(self, plan: StepPlan) -> StepTiming:
-        return self._price(Batch.of(plan))
+        return self.price(Batch.of(plan))
 
     def decode_time(self, decodes: Decoding) -> StepTiming:
         """The same of a step that is nothing but these decodes."""
-        return self._price(Batch.of_decodes(decodes))
+        return self.price(Batch.of_decodes(decodes))
 
-    def _price(self, batch: Batch) -> StepTiming:
+    def price(self, batch: Batch) -> StepTiming:
+        """The same of a batch."""
+        self.steps[0] += 1
+        rows, seqs, context, pairs = self._reach
+        if (
+            batch.rows > rows
+            or batch.seqs > seqs
+            or batch.decode_context > context
+            or batch.prefill_pairs > pairs
+        ):
+            for name, most in zip(REACH, self._reach, strict=True):
+                self.outside[name] += getattr(batch, name) > most
         times = []
         for terms in self._phases:
             total = 0.0
@@ -76,28 +104,64 @@ class LinearCost:
             times.append(round(total))
         return StepTiming(*times)
 
-    @classmethod
-    def fit(cls, samples: Mapping[str, Sequence[tuple[Batch, int]]], about: Mapping[str, Any]) -> LinearCost:
-        """Least squares of the *relative* error with coefficients >= 0 (Lawson-Hanson, scipy's nnls).
+    def account(self) -> dict[str, Any]:
+        """For the run's record: steps asked for, and how many of them lay beyond what was measured."""
+        known = "most" in self.measured_on
+        return {"steps": self.steps[0], "outside": dict(self.outside)} if known else {}
 
-        `samples` maps each phase to what was measured of it: (batch, nanoseconds).
+    def warnings(self) -> list[str]:
+        """A sentence about that, where there is something to say."""
+        found = {name: count for name, count in self.outside.items() if count}
+        if not found:
+            return []
+        most = self.measured_on["most"]
+        said = ", ".join(f"{name} over {most[name]:,.0f} in {count:,}" for name, count in found.items())
+        return [
+            f"Of {self.steps[0]:,} simulated steps, some are larger than any that was measured, and extrapolated: "
+            f"{said}."
+        ]
+
+    @classmethod
+    def fit(
+        cls,
+        samples: Mapping[str, Sequence[tuple[Batch, int]]],
+        about: Mapping[str, Any],
+        *,
+        intervals: bool = True,
+    ) -> LinearCost:
+        """Robust regression of the *relative* error with coefficients >= 0.
+
+        Least squares by Lawson and Hanson's method (scipy's nnls), reweighted until residuals far out have no more
+        than a linear say (Huber). `samples` maps each phase to what was measured of it: (batch, nanoseconds).
         """
         import numpy as np
-        from scipy.optimize import nnls
 
         coefficients: dict[str, dict[str, float]] = {}
+        found: dict[str, dict[str, tuple[float, float]]] = {}
+        rng = np.random.default_rng(0)
         for phase, names in PHASES.items():
             y = np.array([max(float(took), 1.0) for _, took in samples[phase]])
             x = np.array([[float(FEATURES[name](batch)) for name in names] for batch, _ in samples[phase]])
             # Relative error, with a floor so that phases of a few microseconds don't rule the fit by noise.
             weight = 1.0 / np.maximum(y, np.median(y) * 0.2)
             scale = np.maximum(np.abs(x).max(axis=0), 1.0)
-            solution, _ = nnls(x / scale * weight[:, None], y * weight)
+            rows, goal = x / scale * weight[:, None], y * weight
+            solution, trust = _robust(rows, goal)
             coefficients[phase] = {n: float(v) for n, v in zip(names, solution / scale, strict=True) if v > 0}
-        return cls(coefficients, about)
+            if intervals:
+                low, high = _resampled(rows, goal, trust, rng)
+                found[phase] = {
+                    name: (float(a), float(b))
+                    for name, a, b in zip(names, low / scale, high / scale, strict=True)
+                    if name in coefficients[phase]
+                }
+        most = {name: max(float(FEATURES[name](b)) for b, _ in samples["forward_ns"]) for name in REACH}
+        return cls(coefficients, {**about, "most": most}, found)
 
     def to_json(self) -> str:
         body = {"format": FORMAT, "coefficients_ns": self.coefficients, "measured_on": self.measured_on}
+        if self.intervals:
+            body["intervals_ns"] = self.intervals
         return json.dumps(body, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -117,10 +181,45 @@ class LinearCost:
                 raise ConfigError(
                     f"calibration {path} has a negative coefficient; more work never takes less time"
                 )
-            return cls(coefficients, body["measured_on"])
+            intervals = {
+                phase: {name: (float(low), float(high)) for name, (low, high) in terms.items()}
+                for phase, terms in body.get("intervals_ns", {}).items()
+            }
+            return cls(coefficients, body["measured_on"], intervals)
         except OSError as error:
             raise ConfigError(f"calibration {path} can't be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"calibration {path} is malformed: {error}; make it again with cost.recalibrate=true"
             ) from error
+
+
+def _robust(rows: Any, goal: Any) -> tuple[Any, Any]:
+    """(solution >= 0, weight of each row): Huber's estimate by reweighted least squares."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    trust = np.ones(len(goal))
+    solution, _ = nnls(rows, goal)
+    for _ in range(20):
+        left = np.abs(goal - rows @ solution)
+        spread = max(1.4826 * float(np.median(left)), 1e-6)
+        trust = np.minimum(1.0, OUTLIER * spread / np.maximum(left, 1e-12))
+        root = np.sqrt(trust)
+        before = solution
+        solution, _ = nnls(rows * root[:, None], goal * root)
+        if np.allclose(solution, before, rtol=1e-6, atol=1e-12):
+            break
+    return solution, trust
+
+
+def _resampled(rows: Any, goal: Any, trust: Any, rng: Any) -> tuple[Any, Any]:
+    """95 % intervals of the solution when rows are drawn anew with replacement (Efron's percentiles)."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    root = np.sqrt(trust)
+    x, y = rows * root[:, None], goal * root
+    draws = [rng.integers(0, len(y), len(y)) for _ in range(RESAMPLES)]
+    found = np.array([nnls(x[draw], y[draw])[0] for draw in draws])
+    return np.percentile(found, 2.5, axis=0), np.percentile(found, 97.5, axis=0)

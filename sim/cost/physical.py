@@ -134,7 +134,7 @@ class PhysicalCost:
         self._share = parallel.kv_share(shape)
         self._pair_s = shape.pair_flops / tensor / self._flops_s
         self._key_s = shape.kv_layer_bytes * self._share / self._kv_s
-        self._token_s = max(self._pair_s, self._key_s)
+        self.token_s = max(self._pair_s, self._key_s)
         """One single token's attention to one token of its context, in one layer."""
         stage = -(-shape.layers // parallel.pipeline) / shape.layers
         self._rounds = (parallel.microbatches + parallel.pipeline - 1) * stage
@@ -191,12 +191,19 @@ class PhysicalCost:
 
     def linear(self, rows: float) -> float:
         """All linear layers, for this many tokens."""
+        return self.dense_time(rows) + self.expert_time(rows)
+
+    def dense_time(self, rows: float) -> float:
+        """The same but for the experts."""
         per_row, reading = self._dense
-        took = max(rows * per_row, reading)
-        if self.shape.mixture is not None:
-            per_row, reading = self._experts
-            took += max(rows * per_row, self.shape.mixture.touched(rows) * reading)
-        return took
+        return max(rows * per_row, reading)
+
+    def expert_time(self, rows: float) -> float:
+        """All mixtures of experts: those that this many tokens are expected to touch are read once."""
+        if self.shape.mixture is None:
+            return 0.0
+        per_row, reading = self._experts
+        return max(rows * per_row, self.shape.mixture.touched(rows) * reading)
 
     def head(self, seqs: float) -> float:
         """The LM head: one row a request, whether its token is wanted or not (as in vLLM)."""
@@ -216,11 +223,11 @@ class PhysicalCost:
                 if n == 1:
                     single += end if window is None else min(end, window)
                 else:
-                    chunks += kind.count * self._chunk(n, end, kind)
-            tokens += kind.count * single * self._token_s
+                    chunks += kind.count * self.chunk_s(n, end, kind)
+            tokens += kind.count * single * self.token_s
         return chunks, tokens
 
-    def _chunk(self, tokens: int, end: int, kind: LayerKind) -> float:
+    def chunk_s(self, tokens: int, end: int, kind: LayerKind) -> float:
         """One layer's attention of a chunk: its pairs' arithmetic, or reading its context once."""
         pairs, keys = pairs_within(tokens, end, kind.window)
         return max(pairs * self._pair_s, keys * self._key_s)
@@ -228,9 +235,9 @@ class PhysicalCost:
     def collectives(self, rows: int, seqs: int) -> float:
         """All-reduces after attention and feed-forward of every layer, the head's gather, and passing on to the next
         stage."""
-        shape, parallel, c = self.shape, self.parallel, self.coefficients
+        shape, parallel = self.shape, self.parallel
         hidden, width, tensor = shape.hidden, shape.width, parallel.tensor
-        launch = c.collective_us * 1e-6
+        launch = self.launch_s
         took = 0.0
         part = rows / parallel.microbatches
         if tensor > 1:
@@ -242,6 +249,11 @@ class PhysicalCost:
             sends = parallel.microbatches + parallel.pipeline - 2
             took += sends * (max(launch, link.latency_s) + part * hidden * width / link.bytes_s)
         return took
+
+    @property
+    def launch_s(self) -> float:
+        """Launching one collective."""
+        return self.coefficients.collective_us * 1e-6
 
     def reduce_s(self, size: float) -> float:
         """Moving the data of one all-reduce: never less than a ring needs, which moves 2 (n - 1) / n of it."""
