@@ -54,13 +54,7 @@ class SimBackend:
         capacity: Capacity,
         evidence: Literal["modelled", "replayed"],
         about: Mapping[str, Any],
-<<<<<<< HEAD
         outputs: Mapping[RequestId, Output] | None = None,
-    ) -> None:
-        self.evidence, self.about, self.capacity = evidence, about, capacity
-        self.cost = cost
-        self.executor = SimExecutor(cost, capacity, outputs or {})
-=======
         mechanisms: MechanismsConfig | None = None,
         console: Console | None = None,
     ) -> None:
@@ -70,8 +64,7 @@ class SimBackend:
         timed: CostModel = cost if evidence == "replayed" else WithTransfers(cost, capacity)
         if self._mechanisms.warmup:
             timed = WithWarmup(timed, self._mechanisms.warmup, self._mechanisms.warmup_steps)
-        self.executor = SimExecutor(timed, capacity)
->>>>>>> dcf78f3 (Measured kernels as a cost model (cost=tables), and what serving engines do beside computing, each a switch)
+        self.executor = SimExecutor(timed, capacity, outputs or {})
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
         told = self._mechanisms
@@ -115,7 +108,7 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
                 "leave it out or give the same"
             )
         about: dict[str, Any] = {"cost": "replay", "recorded": recorded.path.name, "model": cfg.model.name}
-        return SimBackend(recorded_cost(recorded), capacity, "replayed", about, cfg.mechanisms)
+        return SimBackend(recorded_cost(recorded), capacity, "replayed", about, mechanisms=cfg.mechanisms)
     if cfg.cost.name in SHAPED:
         return _shaped(cfg, console, beside)
     cost = LinearCost.load(REFERENCE) if cfg.cost.name == "reference" else fitted(cfg, console, beside)
@@ -126,7 +119,7 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         "model": cfg.model.name,
         "dtype": cfg.model.dtype,
     }
-    return SimBackend(cost, capacity, "modelled", about, cfg.mechanisms, console)
+    return SimBackend(cost, capacity, "modelled", about, mechanisms=cfg.mechanisms, console=console)
 
 
 def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
@@ -142,7 +135,7 @@ def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend
         "model": cfg.model.name,
         "dtype": cost.shape.dtype,
     }
-    return SimBackend(cost, capacity, "modelled", about, cfg.mechanisms, console)
+    return SimBackend(cost, capacity, "modelled", about, mechanisms=cfg.mechanisms, console=console)
 
 
 def shaped_cost(cfg: Config) -> PhysicalCost:
@@ -233,11 +226,8 @@ def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
         capacity,
         "replayed",
         {"cost": "replay", "recorded": run_a.path.name},
-<<<<<<< HEAD
         recorded_outputs(run_b) if config.get("output_lengths") == "stop" else None,
-=======
         MechanismsConfig(api_ms=float(config.get("mechanisms", {}).get("api_ms", 0.0))),
->>>>>>> dcf78f3 (Measured kernels as a cost model (cost=tables), and what serving engines do beside computing, each a switch)
     )
     side = Side(
         backend=backend,

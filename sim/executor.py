@@ -38,12 +38,8 @@ class SimExecutor:
 
     def another(self) -> SimExecutor:
         """A data plane like this one, for another replica."""
-<<<<<<< HEAD
-        return SimExecutor(self._cost, self.capacity, self._outputs)
-=======
         own = getattr(self._cost, "another", None)  # one that remembers what it was asked
-        return SimExecutor(self._cost if own is None else own(), self.capacity)
->>>>>>> dcf78f3 (Measured kernels as a cost model (cost=tables), and what serving engines do beside computing, each a switch)
+        return SimExecutor(self._cost if own is None else own(), self.capacity, self._outputs)
 
     def start(self) -> None:
         """Modelled time needs no stopwatch."""
