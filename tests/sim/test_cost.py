@@ -58,7 +58,7 @@ def test_planted_coefficients_are_found_again() -> None:
 
 
 def noisy(seed: int, outliers: int) -> tuple[dict[str, float], dict[str, list[tuple[Batch, int]]]]:
-    """(planted coefficients, measurements with 2 % noise of which some took three times as long)."""
+    """(planted coefficients, measurements with 2 % noise of which some took three times as long, or a quarter)."""
     rng = random.Random(seed)
     planted = {"step": 2e6, "rows": 30_000.0, "decode_context": 150.0, "prefill_pairs": 20.0}
     plans = [plan([(c, 1)] * b) for b in (1, 2, 4, 8, 16) for c in (16, 100, 700)]
@@ -67,14 +67,14 @@ def noisy(seed: int, outliers: int) -> tuple[dict[str, float], dict[str, list[tu
     batches = [Batch.of(p) for p in plans * 3]
     times = [sum(v * FEATURES[k](b) for k, v in planted.items()) * rng.gauss(1, 0.02) for b in batches]
     for i in rng.sample(range(len(times)), outliers):
-        times[i] *= 3
+        times[i] *= 3 if i % 3 else 0.25
     told = list(zip(batches, map(round, times), strict=True))
     flat = [(b, 1000) for b in batches]
     return planted, {phase: told if phase == "forward_ns" else flat for phase in PHASES}
 
 
-def test_a_few_stalled_steps_do_not_move_the_fit() -> None:
-    """Steps that were interrupted take several times as long; a tenth of them like that, and it stays near."""
+def test_a_few_wild_measurements_do_not_move_the_fit() -> None:
+    """A tenth of them interrupted, or mistimed, and it stays near."""
     planted, clean = noisy(1, 0)
     _, stalled = noisy(1, 9)
     for samples, near in ((clean, 0.03), (stalled, 0.06)):

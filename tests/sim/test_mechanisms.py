@@ -33,6 +33,8 @@ class Flat:
 
 
 class Seen(Observer):
+    wants_work = False  # else no steps are crossed at once
+
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
         self.requests: dict[str, RequestRecord] = {}
