@@ -1,20 +1,12 @@
-"""One thread a rank: more would only spin against each other on few cores."""
+"""Ranks are processes: one thread each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread as one_thread
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,12 @@
-"""One thread for these tests: models this small gain nothing from a second, and spinning threads of two test
-processes on few cores slow each other tenfold."""
+"""Models this small run on one thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from real_engine.native import library
 from real_engine.native.library import Kernels
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.threads import one_thread as one_thread
 
 
 @pytest.fixture(scope="session")
