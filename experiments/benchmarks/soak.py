@@ -1,4 +1,5 @@
-"""Random load on the real engine, for long: `python experiments/benchmarks/soak.py [minutes=30] [seed=0]`.
+"""Random load on the real engine, for long: `python experiments/benchmarks/soak.py [minutes=30] [requests=0] [seed=0]`
+(so long at least, and so many requests).
 
 Bursts of random requests with shared prefixes go to a tiny model whose KV cache is far too small for them, so that
 blocks are evicted, requests preempted, swapped out and back; some are aborted, in any state, and some can never
@@ -139,8 +140,9 @@ class Books(Observer):
 class Soak:
     """One long run: `epochs` control planes one after the other over one data plane."""
 
-    def __init__(self, minutes: float, seed: int) -> None:
+    def __init__(self, minutes: float, seed: int, requests: int = 0) -> None:
         self._seconds = 60 * minutes
+        self._requests = requests
         self._rng = random.Random(seed)
         with compose.composer() as composer:
             cfg = composer.config([*WORDS, f"seed={seed}"])
@@ -153,12 +155,12 @@ class Soak:
 
     def run(self) -> None:
         for number, epoch in enumerate(EPOCHS):
-            until = self._seconds * (number + 1) / len(EPOCHS)
-            self._epoch(number, epoch, until)
+            share = (number + 1) / len(EPOCHS)
+            self._epoch(number, epoch, self._seconds * share, self._requests * share)
             gc.collect()
         self._backend.close()
 
-    def _epoch(self, number: int, names: tuple[str, str, str, str], until: float) -> None:
+    def _epoch(self, number: int, names: tuple[str, str, str, str], until: float, served: float) -> None:
         policy, eviction, preemption, mode = names
         policies: dict[str, dict[str, Any]] = {
             "policy": {"name": policy},
@@ -178,7 +180,7 @@ class Soak:
             if not core.has_work:
                 here = sum(self.books.outcomes.values()) - ended
                 self._idle(control, run, here)
-                if time.monotonic() - self._began > until:
+                if time.monotonic() - self._began > until and ended + here >= served:
                     load.stop(here)
 
         run = SteppedRun(control, self._backend.executor, load, progress)
@@ -268,8 +270,8 @@ def resident() -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    options = {"minutes": "30", "seed": "0"} | dict(word.split("=", 1) for word in words)
-    soak = Soak(float(options["minutes"]), int(options["seed"]))
+    options = {"minutes": "30", "requests": "0", "seed": "0"} | dict(word.split("=", 1) for word in words)
+    soak = Soak(float(options["minutes"]), int(options["seed"]), int(options["requests"]))
     try:
         soak.run()
         text = soak.verdict()

@@ -1,4 +1,4 @@
-"""The soak finds what leaks, and finds nothing in two minutes of the engine as it is."""
+"""The soak finds what leaks, and finds nothing in thousands of requests to the engine as it is."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def test_memory_that_grows_with_every_request_is_found(soak: Any, short: Any, ea
 
 
 @pytest.mark.slow
-def test_two_minutes_of_random_load_leak_nothing(tmp_path: Path) -> None:
+def test_thousands_of_random_requests_leak_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, SOAK, "minutes=2", "seed=1"],
+        [sys.executable, SOAK, "minutes=0", "requests=8000", "seed=1"],
         cwd=tmp_path,
-        env=environment(tmp_path),
+        env=environment(tmp_path) | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
