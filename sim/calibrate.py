@@ -25,7 +25,7 @@ from lab.control.core import EngineCore
 from lab.control.executor import Executor
 from lab.control.loop import IDLE, serve
 from lab.control.observer import Observer, StepRecord
-from lab.control.plan import GENESIS, StepPlan, StepResult, Work
+from lab.control.plan import GENESIS, Move, StepPlan, StepResult, Work
 from lab.control.request import Prompt, Request, Segment, stream_of
 from lab.control.step import Limits
 from lab.errors import ConfigError
@@ -75,7 +75,7 @@ class Shape:
 def grid(limits: Limits, max_context: int) -> list[Shape]:
     """Shapes around what an engine with these limits runs, smallest first."""
     budget, seqs = limits.token_budget, limits.max_seqs
-    shapes = [Shape(b, c) for b in (1, 2, 4, 8, 16, 32) for c in (32, 128, 384, 1024)]
+    shapes = [Shape(b, c) for b in (1, 2, 4, 8, 12, 16, 24, 32) for c in (32, 128, 384, 1024)]
     shapes += [Shape(chunks=((s, n),)) for n in (16, 48, 128, 256, 512) for s in (0, 256)]
     shapes += [Shape(chunks=((0, n),) * k) for k, n in ((2, 64), (4, 64), (4, 128))]
     shapes += [Shape(b, 256, ((s, n),)) for b in (1, 4, 16) for s in (0, 150) for n in (24, 64, 192)]
@@ -87,12 +87,13 @@ def grid(limits: Limits, max_context: int) -> list[Shape]:
     return [shape for shape in shapes if fits(shape)]
 
 
-class _Grid:
+class Bench:
     """Makes plans for shapes by hand and times them."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._count = 0
+        self._written = 1
         self._gone: tuple[str, ...] = ()
 
     def measure(self, shape: Shape) -> tuple[StepPlan, StepResult]:
@@ -111,11 +112,19 @@ class _Grid:
             requests.append(Request(id=name, prompt=prompt, output_len=1))
             works.append(Work(name, start, tokens, True, blocks))
         names = tuple(request.id for request in requests)
+        self._write(min(taken, capacity.blocks))
         # Introduced in a plan of their own: what a newcomer costs is no part of a batch's shape.
         self._executor.execute(StepPlan(0, 0, (), GENESIS, tuple(requests), names, released=self._gone))
         self._gone = names
         plan = StepPlan(0, 0, tuple(works), GENESIS)
         return plan, self._executor.execute(plan)
+
+    def _write(self, blocks: int) -> None:
+        """Have every block up to this one written: reading memory that nobody wrote reads one page over and over."""
+        if blocks > self._written:
+            pairs = tuple((0, block) for block in range(self._written, blocks))
+            self._executor.execute(StepPlan(0, 0, (), GENESIS, copies=(Move("calibration", pairs),)))
+            self._written = blocks
 
     def finish(self) -> None:
         self._executor.execute(StepPlan(0, 0, (), GENESIS, released=self._gone))
@@ -177,7 +186,7 @@ def calibrate(
             f"no batch shape to measure fits engine.token_budget={limits.token_budget} and "
             f"engine.max_seqs={limits.max_seqs} with a context of {capacity.max_context}; make one of them larger"
         )
-    bench = _Grid(executor)
+    bench = Bench(executor)
     for shape in (shapes[0], shapes[-1]):
         bench.measure(shape)
     # Rounds over the whole grid, not repeats of one shape: a noisy second then spoils one sample of many.

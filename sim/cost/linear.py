@@ -1,9 +1,10 @@
 """The fitted linear cost model: each phase is a non-negative combination of a few facts about the batch.
 
-Non-negative coefficients keep it physical: more work never takes less time. Two hinges on the number of
-rows let the forward pass be flat while it is bound by reading weights and steep once it is bound by
-arithmetic. Coefficients come from `sim.calibrate`, each with the interval that resampled measurements give it. A
-batch larger than any that was measured is extrapolated, counted, and said after the run.
+Non-negative coefficients keep it physical: more work never takes less time. In the number of rows the forward pass is
+a rising broken line: nearly flat while it is bound by reading weights, steep once it is bound by arithmetic, and with
+the steps of a kernel that computes so many rows at once. Coefficients come from `sim.calibrate`, each with the interval
+that resampled measurements give it. A batch larger than any that was measured is extrapolated, counted, and said after
+the run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,26 @@ FORMAT = 2
 
 Feature = Callable[[Batch], float]
 
+KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
+"""Rows at which the forward pass may become steeper or less so."""
+
+
+def _ramp(low: int, high: int) -> Feature:
+    """The rows beyond `low`, as far as `high`."""
+    return lambda b: min(max(b.rows - low, 0), high - low)
+
+
+RAMPS: dict[str, Feature] = {
+    **{f"rows_{low}_to_{high}": _ramp(low, high) for low, high in pairwise(KNOTS)},
+    f"rows_over_{KNOTS[-1]}": lambda b: max(0, b.rows - KNOTS[-1]),
+}
+
 FEATURES: dict[str, Feature] = {
     "step": lambda b: 1,
     "rows": lambda b: b.rows,
     "rows_over_8": lambda b: max(0, b.rows - 8),
     "rows_over_32": lambda b: max(0, b.rows - 32),
+    **RAMPS,
     "seqs": lambda b: b.seqs,
     "samples": lambda b: b.samples,
     "decode_context": lambda b: b.decode_context,
@@ -39,11 +56,20 @@ FEATURES: dict[str, Feature] = {
 PHASES: dict[str, tuple[str, ...]] = {
     "plan_ns": ("step", "seqs"),
     "prepare_ns": ("step", "seqs", "rows", "decode_padded", "prefill_context"),
-    "forward_ns": tuple(FEATURES),
+    "forward_ns": (
+        "step",
+        *RAMPS,
+        "seqs",
+        "samples",
+        "decode_context",
+        "decode_padded",
+        "prefill_pairs",
+        "prefill_context",
+    ),
     "sample_ns": ("step", "samples"),
     "commit_ns": ("step", "seqs"),
 }
-"""Which features may explain which phase, in the order of `StepTiming`."""
+"""Which features may explain which phase, in the order of `StepTiming`. (Two hinges on the rows are of older fits.)"""
 
 REACH = ("rows", "seqs", "decode_context", "prefill_pairs")
 """What a batch is large in; beyond what was measured, the fit only continues its lines."""

@@ -22,7 +22,7 @@ POLICIES = plugins.names("policy")
 VARIANTS: dict[str, dict[str, object]] = {
     "fcfs": {"backfill": True},
     "orca": {"reserve": "pow2"},
-    "vllm_v1": {"long_prefill_threshold": 3, "order": "priority"},
+    "vllm_v1": {"long_prefill_threshold": 3, "order": "priority", "whole_prompt": True, "watermark": 0.1},
     "sarathi": {"chunk": 4},
     "mlfq": {"quantum": 1, "growth": 1.0, "promote_s": 1e-7},
     "priority": {"ageing_per_s": 1e7},

@@ -114,6 +114,25 @@ def test_vllm_v1_admits_nobody_in_a_step_that_preempts_and_the_preempted_comes_b
     assert notes.requests["b"].preemptions >= 1
 
 
+def test_vllm_v1_waits_for_room_for_the_whole_prompt_and_the_watermark_where_it_is_told_to() -> None:
+    for options, gets in (
+        ({}, 12),
+        ({"whole_prompt": True}, 0),
+        ({"watermark": 0.3}, 0),
+        ({"watermark": 0.2}, 12),
+    ):
+        core, _ = engine(VllmV1(**options), blocks=10, block_size=4, token_budget=32, prefix_cache=False)
+        add(core, request("first", 20, output=8), request("second", 24, output=8))  # 5 and 6 of 10 blocks
+        assert dict(work(step(core))).get("second", 0) == gets, options
+
+
+def test_vllm_v1_counts_what_the_cache_supplies_as_room_for_a_prompt() -> None:
+    core, _ = engine(VllmV1(whole_prompt=True), blocks=10, block_size=4, token_budget=64)
+    shared = list(range(24))
+    add(core, request("first", shared, output=8), request("second", [*shared, *range(50, 58)], output=2))
+    assert names(step(core)) == ["first", "second"]  # 6 blocks, and 2 of its own
+
+
 def test_vllm_v1_by_priority_preempts_the_least_important_of_the_running() -> None:
     core, _ = engine(VllmV1(order="priority"), blocks=6, block_size=4, prefix_cache=False)
     add(
