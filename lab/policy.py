@@ -36,10 +36,10 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 from lab.control.request import BlockId, Prompt, Request, RequestId, Segment, stream_of
+from lab.frozen import frozen
 
 __all__ = [
     "NEVER",
@@ -88,7 +88,7 @@ class Shortage(enum.Enum):
     PAUSED = "paused"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Grant:
     """Answer of `Step.run`: `tokens` granted, or none and what ran short. Falsy when nothing was granted."""
 
@@ -415,7 +415,7 @@ class PreemptionPolicy:
         return "recompute"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class KvKeep:
     """How much of its KV a request keeps: `blocks` whole ones, at most, and the block that isn't full yet.
 
@@ -480,7 +480,7 @@ class LengthPredictor:
         """The request ended by itself after this many tokens: something to learn from."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Verdict:
     """Answer of an admission policy."""
 
@@ -488,7 +488,7 @@ class Verdict:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ended:
     """How a request that had been admitted ended. Times in nanoseconds; `ttft` is None without a token."""
 
@@ -509,7 +509,7 @@ def _no_estimate(prefill_tokens: int, decodes: int, context_tokens: int) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaView:
     """A ready replica as admission, routing and scaling see it.
 
@@ -569,7 +569,7 @@ class RoutingPolicy:
         """A request that was routed has ended."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FleetView:
     """What a scaling policy sees, once an interval."""
 

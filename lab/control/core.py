@@ -23,6 +23,7 @@ from lab.control.plan import GENESIS, RankTiming, StepPlan, StepResult, StepTimi
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits, StepBuilder
 from lab.errors import DiptychError, ExecutorError, PolicyError, RequestRefused
+from lab.frozen import frozen
 from lab.policy import (
     CompressionPolicy,
     EvictionPolicy,
@@ -47,7 +48,7 @@ MOST_FORESEEN = 1 << 40
 """Output tokens that a length predictor may foresee: more is a mistake, and beyond what floats can sum."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Emission:
     """One generated token on its way out; `finished` says why it was the last one, if it was."""
 

@@ -11,12 +11,13 @@ from typing import Literal
 
 from lab.control.plan import RankTiming, StepPlan, StepTiming, TokenLogprobs
 from lab.control.request import Request
+from lab.frozen import frozen
 
 Phase = Literal["queue", "prefill", "decode"]
 Outcome = Literal["finished", "aborted", "rejected", "unfinished"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Interval:
     """One stretch of a request's life. Intervals tile [arrival, end] without gap or overlap.
 
@@ -32,7 +33,7 @@ class Interval:
     last_step: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Decision:
     """What admission and routing said, and why."""
 
@@ -45,7 +46,7 @@ class Decision:
     Times count from the arrival all the same. 0 under a virtual clock."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestRecord:
     """A request's whole life, told once, when it ends (or when the run does)."""
 
@@ -85,7 +86,7 @@ class RequestRecord:
         return request.tpot_slo is None or gaps < 1 or (times[-1] - times[0]) / gaps <= request.tpot_slo
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StepRecord:
     """One step: what was decided, how long each phase took, and the state it left."""
 
@@ -122,7 +123,7 @@ class StepRecord:
         return self.plan.now + self.timing.total_ns
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FleetEvent:
     """A replica came or went."""
 

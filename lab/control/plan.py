@@ -11,17 +11,18 @@ import hashlib
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import NamedTuple
 
 from lab.control.request import BlockId, Request, RequestId
+from lab.frozen import frozen
 
 GENESIS = "0" * 32
 """The digest before the first plan."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Work:
     """Compute tokens `start .. start + tokens` of one request.
 
@@ -44,7 +45,7 @@ class Work:
         return self.start + self.tokens - self.dropped
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Move:
     """Copy KV of one request between device and host: (device block, host block) for each block."""
 
@@ -71,7 +72,7 @@ class Decoding(NamedTuple):
 NO_DECODES = Decoding()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Compaction:
     """KV that a request gives up when the step's work is done: `blocks` of its table, `tokens` in all.
 
@@ -88,7 +89,7 @@ class Compaction:
     rule: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StepPlan:
     """One engine iteration, decided. Executing it needs no knowledge of queues, policies or arrivals."""
 
@@ -225,7 +226,7 @@ def digest_of(previous: str, plan: StepPlan) -> str:
     return chain(previous, plan.index, plan.work, plan.preempted, plan.rejected, *moves, NO_DECODES, *changes)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenLogprobs:
     """Log-probabilities for one sampled token: its own, and the most likely alternatives (id, logprob)."""
 
@@ -233,7 +234,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RankTiming:
     """What one rank did of a step that several computed, nanoseconds on its own clock, one phase after another."""
 
@@ -251,7 +252,7 @@ class RankTiming:
     """Of these, within exchanges with other ranks: passing data on, and waiting for it."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StepResult:
     """What executing one plan gave. `tokens` answers the sampling work items in their order.
 
@@ -277,7 +278,7 @@ class StepResult:
         return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns + self.compact_ns
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StepTiming:
     """Where a step's time went, nanoseconds: control plane (plan, commit) around data plane (the rest)."""
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, field, replace
 from typing import TypeAlias
+
+from lab.frozen import frozen
 
 RequestId: TypeAlias = str
 BlockId: TypeAlias = int
@@ -19,7 +21,7 @@ BlockId: TypeAlias = int
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Segment:
     """Tokens `start .. start + length` of the synthetic text called `stream`."""
 
@@ -60,7 +62,7 @@ def _synthesised(segment: Segment, vocab_size: int) -> list[int]:
     return ids
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Prompt:
     """An immutable prompt; `len(prompt)` is its number of tokens."""
 
@@ -86,7 +88,7 @@ class Prompt:
         return ids
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SamplingParams:
     """How the next token is drawn. `temperature == 0` is greedy and ignores the filters.
 
@@ -160,7 +162,7 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen
 class Request:
     """One request as the control plane receives it. Times are integer nanoseconds since the run began.
 
@@ -170,6 +172,7 @@ class Request:
     with a tokenizer can see), and real tokens are the content.
     """
 
+    _: KW_ONLY
     id: RequestId
     prompt: Prompt
     arrival: int = 0
