@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import enum
 import functools
-import importlib.util
 import inspect
 import math
 import types
@@ -22,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from lab import plugins
 from lab.errors import ConfigError, UnknownNameError
@@ -200,7 +198,9 @@ class SamplingConfig:
 class ExportConfig:
     """OpenTelemetry, beside the run directory's own files."""
 
-    otlp_endpoint: str | None = option(None, "send spans to this OTLP/HTTP endpoint")
+    otlp_endpoint: str | None = option(
+        None, "send spans to this OTLP endpoint: http(s)://host:4318, grpc(s)://host:4317"
+    )
     otlp_file: bool = option(False, "write spans as OTLP JSON lines into the run directory")
     console: bool = option(False, "print spans")
 
@@ -705,27 +705,15 @@ def _endpoint(endpoint: str | None) -> None:
     """Raise `ConfigError` for an address that spans can't be sent to, before anything is run for them."""
     if endpoint is None:
         return
-    wrong = ""
-    try:
-        address = urlsplit(endpoint)
-        _ = address.port
-    except ValueError as error:
-        wrong = str(error)
-    else:
-        if address.scheme not in ("http", "https"):
-            wrong = "it doesn't begin with http:// or https://"
-        elif any(character.isspace() or not character.isprintable() for character in endpoint):
-            wrong = "it has a space in it"
-        elif not address.hostname:
-            wrong = "it names no host"
+    from lab.observe.send import check_endpoint, check_packages
+
+    wrong = check_endpoint(endpoint)
     if wrong:
         raise ConfigError(
-            f"export.otlp_endpoint is '{endpoint}': {wrong}; expected an address such as http://localhost:4318."
+            f"export.otlp_endpoint is '{endpoint}': {wrong}; expected an address such as http://localhost:4318 or "
+            "grpc://localhost:4317."
         )
-    if importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None:
-        raise ConfigError(
-            f"exporting to '{endpoint}' needs a package: pip install opentelemetry-exporter-otlp-proto-http"
-        )
+    check_packages(endpoint)
 
 
 def _positive(key: str, value: Any) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -103,22 +102,17 @@ def _job(cfg: Config) -> Job:
 def _export(cfg: Config, finished: Mapping[str, Ran]) -> None:
     """Send the spans where they were wanted. The runs are complete by now: no failure costs one of them."""
     from lab.observe.otel import export_to
-    from lab.observe.spans import spans
+    from lab.observe.send import headers
 
     targets = [target for target in (cfg.export.otlp_endpoint, "console" * cfg.export.console) if target]
+    more = headers(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))
     failed: dict[str, str] = {}
-    noise = logging.getLogger("opentelemetry")  # says each of its retries; one sentence at the end is enough
-    before = noise.level
-    noise.setLevel(logging.CRITICAL)
-    try:
-        for target in targets:
-            for name, ran in finished.items():
-                try:
-                    export_to(target, spans(ran.recorder, ran.info), ran.info)
-                except DiptychError as error:
-                    failed[name] = str(error)
-    finally:
-        noise.setLevel(before)
+    for target in targets:
+        for name, ran in finished.items():
+            try:
+                export_to(target, ran.recorder, ran.info, more)
+            except DiptychError as error:
+                failed[name] = str(error)
     if failed:
         reason = next(iter(failed.values())).rstrip(".")
         raise RunError(f"spans of {' and '.join(failed)}: {reason}; the run itself is complete.")

@@ -27,7 +27,6 @@ from lab.observe.identity import RunInfo, workload_id
 from lab.observe.logs import JsonLog
 from lab.observe.recorder import Recorder
 from lab.observe.rundir import RunDirectory
-from lab.observe.spans import spans
 
 if TYPE_CHECKING:
     from lab.observe.stream import Stream
@@ -96,6 +95,7 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
                 workload=side.source,
                 policies=dict(side.spec.policies),
                 provenance=side.spec.provenance(),
+                resource=info.attributes(),
             ),
         )
         if side.record != "everything":
@@ -118,9 +118,10 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
         ended = ended or log.failure
         more = {}
         if side.otlp_file:
-            from lab.observe.otel import write_otlp
+            from lab.observe.otlp import write_otlp
+            from lab.observe.plain import plain_spans
 
-            more["spans.otlp.jsonl"] = lambda file: write_otlp(file, spans(recorder, info), info)
+            more["spans.otlp.jsonl"] = lambda file: write_otlp(file, plain_spans(recorder, info), info)
         if ended is not None and console is not None:
             console.say(f"What was recorded goes to '{directory.path}', marked as partial.")
         directory.save(

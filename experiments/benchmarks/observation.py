@@ -19,7 +19,8 @@ from lab.observe import export
 from lab.observe.identity import RunInfo
 from lab.observe.logs import JsonLog
 from lab.observe.metrics import summarise
-from lab.observe.otel import write_otlp
+from lab.observe.otlp import write_otlp
+from lab.observe.plain import plain_spans
 from lab.observe.recorder import Recorder
 from lab.observe.spans import spans
 
@@ -30,8 +31,8 @@ def measure(requests: int = 2_000, steps: int = 10_000, batch: int = 16) -> dict
     The made-up run has `steps` steps of `batch` decoding requests.
     """
     recorder = Recorder()
-    told_steps = [_step(index, batch, requests) for index in range(steps)]
-    told_requests = [_request(number, steps) for number in range(requests)]
+    told_steps = [made_step(index, batch, requests) for index in range(steps)]
+    told_requests = [made_request(number, steps) for number in range(requests)]
     info = RunInfo(
         backend="sim",
         clock="virtual",
@@ -68,7 +69,7 @@ def measure(requests: int = 2_000, steps: int = 10_000, batch: int = 16) -> dict
             lambda: export.write_spans(where / "s", bare()), count
         )
         found["otlp file, spans included (each)"] = _us(
-            lambda: write_otlp(where / "o", spans(recorder, info), info), count
+            lambda: write_otlp(where / "o", plain_spans(recorder, info), info), count
         )
         found["steps.parquet (each)"] = _us(lambda: export.write_steps(where / "t", recorder.steps), steps)
         found["plans.parquet (each)"] = _us(lambda: export.write_plans(where / "p", recorder.steps), steps)
@@ -84,7 +85,7 @@ def _us(work: Callable[[], object], count: int) -> float:
     return (time.perf_counter_ns() - began) / 1e3 / count
 
 
-def _step(index: int, batch: int, requests: int) -> StepRecord:
+def made_step(index: int, batch: int, requests: int) -> StepRecord:
     names = [f"r{(index + offset) % requests}" for offset in range(batch)]
     work = tuple(Work(name, 100 + index, 1, True, (index,)) for name in names)
     plan = StepPlan(index=index, now=index * 10**7, work=work, digest=GENESIS)
@@ -108,7 +109,7 @@ def _step(index: int, batch: int, requests: int) -> StepRecord:
     )
 
 
-def _request(number: int, steps: int) -> RequestRecord:
+def made_request(number: int, steps: int) -> RequestRecord:
     start = number * 10**6
     times = tuple(start + 10**7 * (token + 1) for token in range(64))
     return RequestRecord(

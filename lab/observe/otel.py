@@ -1,39 +1,35 @@
-"""Spans in OpenTelemetry's own terms: SDK spans through any exporter, or an OTLP file. Observation path.
+"""Spans in OpenTelemetry's own terms: SDK spans through any exporter. Observation path.
 
 The SDK's tracer isn't used: it would stamp, sample, cap links at 128 and drop what its queue can't hold. Rows
-become `ReadableSpan`s with their own times and ids instead, which any standard `SpanExporter` takes.
-
-The file is the "OpenTelemetry Protocol File Exporter" format: JSON lines, one TracesData each; ids in hex,
-enums as numbers, 64-bit integers as strings (protobuf's own JSON mapping does the first two otherwise).
+become `ReadableSpan`s with their own times and ids instead, which any standard `SpanExporter` takes. OTLP itself, to
+a file or an endpoint, needs no SDK: `lab.observe.otlp` packs it many times faster.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from lab.errors import ConfigError, RunError
-from lab.observe.boundaries import SCHEMA_VERSION, Value
+from lab.errors import RunError
+from lab.observe.boundaries import SCHEMA_VERSION
 from lab.observe.identity import RunInfo
-from lab.observe.spans import SpanRow
+from lab.observe.otlp import SCOPE
+from lab.observe.plain import PlainSpan, plain_spans
+from lab.observe.recorder import Recorded
+from lab.observe.spans import SpanRow, spans
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter
 
-SCOPE = "lab.observe"
 BATCH = 512
-"""Spans in one export call, and in one line of a file."""
+"""Spans in one export call."""
 
 _T = TypeVar("_T")
-_OTLP_KIND = {"INTERNAL": 1, "SERVER": 2}
-_REMOTE_KNOWN = 0x100
-"""SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK: the parent is known, and isn't remote."""
 
 
 def resource(info: RunInfo) -> Resource:
@@ -93,92 +89,34 @@ def export(rows: Iterable[SpanRow], info: RunInfo, exporter: SpanExporter) -> in
     return sent
 
 
-def export_to(target: str, rows: Iterable[SpanRow], info: RunInfo) -> int:
-    """Export to `console`, to an OTLP/HTTP endpoint (`http://host:4318`), or to a file; returns the count.
+def export_to(
+    target: str, recorded: Recorded, info: RunInfo, headers: Mapping[str, str] | None = None
+) -> int:
+    """Export to `console`, to an OTLP endpoint (`lab.observe.send`), or to an OTLP file; returns the count.
 
-    An endpoint without a path gets OTLP's `/v1/traces`. Raises `RunError` when not everything arrived.
+    Raises `RunError` when not everything arrived.
     """
     if target == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        return export(rows, info, ConsoleSpanExporter(out=sys.stdout))
-    if target.startswith(("http://", "https://")):
-        try:
-            return export(rows, info, _http_exporter(target))
-        except RunError as error:
-            raise RunError(
-                f"not all spans reached '{target}' (is a collector listening?): {error}"
-            ) from error
+        return export(spans(recorded, info), info, ConsoleSpanExporter(out=sys.stdout))
+    return export_plain(target, plain_spans(recorded, info), info, headers)
+
+
+def export_plain(
+    target: str, plain: Iterable[PlainSpan], info: RunInfo, headers: Mapping[str, str] | None = None
+) -> int:
+    """The same for spans that are plain already; not to `console`."""
+    if "://" in target:
+        from lab.observe.send import send
+
+        return send(target, plain, info, headers)
+    from lab.observe.otlp import write_otlp
+
     try:
-        return write_otlp(Path(target), rows, info)
+        return write_otlp(Path(target), plain, info)
     except OSError as error:
         raise RunError(f"can't write spans to '{target}': {error.strerror or error}") from error
-
-
-def _http_exporter(endpoint: str) -> SpanExporter:
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ImportError:
-        wanted = "opentelemetry-exporter-otlp-proto-http"
-        raise ConfigError(f"exporting to '{endpoint}' needs a package: pip install {wanted}") from None
-    path = endpoint.split("://", 1)[1].partition("/")[2]
-    return OTLPSpanExporter(endpoint=endpoint if path else endpoint.rstrip("/") + "/v1/traces")
-
-
-def write_otlp(path: Path, rows: Iterable[SpanRow], info: RunInfo) -> int:
-    """Write spans as an OTLP file (`.jsonl`); returns how many. OS errors pass through."""
-    about = {"attributes": _attributes(info.attributes())}
-    scope = {"name": SCOPE, "version": str(SCHEMA_VERSION)}
-    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-    written = 0
-    with path.open("w", encoding="utf-8") as file:
-        for batch in _batches(rows, BATCH):
-            inner = {"scope": scope, "spans": [_span(row) for row in batch]}
-            file.write(encode({"resourceSpans": [{"resource": about, "scopeSpans": [inner]}]}) + "\n")
-            written += len(batch)
-    return written
-
-
-def _span(row: SpanRow) -> dict[str, Any]:
-    span: dict[str, Any] = {"traceId": row.trace_id, "spanId": row.span_id}
-    if row.parent_span_id:
-        span["parentSpanId"] = row.parent_span_id
-    span["flags"] = _REMOTE_KNOWN
-    span["name"] = row.name
-    span["kind"] = _OTLP_KIND[row.kind]
-    span["startTimeUnixNano"] = str(row.start_time_unix_nano)
-    span["endTimeUnixNano"] = str(row.end_time_unix_nano)
-    if row.attributes:
-        span["attributes"] = _attributes(row.attributes)
-    if row.links:
-        span["links"] = [
-            {
-                "traceId": link.trace_id,
-                "spanId": link.span_id,
-                "attributes": _attributes(link.attributes),
-                "flags": _REMOTE_KNOWN,
-            }
-            for link in row.links
-        ]
-    error = row.attributes.get("error.type")
-    span["status"] = {"code": 2, "message": error} if error else {}
-    return span
-
-
-def _attributes(attributes: Mapping[str, Value]) -> list[dict[str, Any]]:
-    return [{"key": key, "value": _value(value)} for key, value in attributes.items()]
-
-
-def _value(value: Value) -> dict[str, Any]:
-    if isinstance(value, bool):  # before int, whose subclass it is
-        return {"boolValue": value}
-    if isinstance(value, int):
-        return {"intValue": str(value)}
-    if isinstance(value, float):
-        return {"doubleValue": value}
-    if isinstance(value, str):
-        return {"stringValue": value}
-    return {"arrayValue": {"values": [{"stringValue": item} for item in value]}}
 
 
 def _batches(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

@@ -6,9 +6,6 @@ import base64
 import dataclasses
 import io
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,9 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter, Sp
 
 from lab.control.plan import StepPlan, Work
 from lab.errors import RunError
-from lab.observe.otel import export, export_to, readable, resource, write_otlp
+from lab.observe.otel import export, export_to, readable, resource
+from lab.observe.otlp import write_otlp
+from lab.observe.plain import plain_spans
 from lab.observe.recorder import Recorder
 from lab.observe.spans import SpanRow, spans
 from tests.observe.made import info_for, rich, runs
@@ -59,7 +58,7 @@ def test_the_otlp_file_says_what_the_official_encoder_says(
     info = info_for(recorder)
     path = tmp_path_factory.mktemp("otlp") / "spans.jsonl"
     rows = list(spans(recorder, info))
-    assert write_otlp(path, rows, info) == len(rows)
+    assert write_otlp(path, plain_spans(recorder, info), info) == len(rows)
     official = encode_spans(list(readable(rows, info)))
     written = spans_in_file(path)
     assert flat(written) == flat(official)
@@ -71,7 +70,7 @@ def test_the_otlp_file_says_what_the_official_encoder_says(
 def test_a_line_of_the_file_is_otlp_json_with_hex_ids_and_numbers_for_enums(tmp_path: Path) -> None:
     recorder = rich()
     info = info_for(recorder)
-    write_otlp(tmp_path / "s.jsonl", spans(recorder, info), info)
+    write_otlp(tmp_path / "s.jsonl", plain_spans(recorder, info), info)
     first = json.loads((tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()[0])
     span = first["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
     row = next(spans(recorder, info))
@@ -93,71 +92,6 @@ def test_the_resource_says_whose_spans_these_are_and_nothing_random() -> None:
         "lab.workload.id",
     ):
         assert key in sim
-
-
-class Receiver(HTTPServer):
-    """A collector: takes OTLP/HTTP and keeps what it decoded."""
-
-    def __init__(self, status: int = 200) -> None:
-        self.bodies: list[ExportTraceServiceRequest] = []
-        self.paths: list[str] = []
-        self.status = status
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            import gzip
-
-            body = gzip.decompress(body)
-        self.server.bodies.append(ExportTraceServiceRequest.FromString(body))
-        self.server.paths.append(self.path)
-        self.send_response(self.server.status)
-        self.end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        """Quiet."""
-
-
-@pytest.fixture(params=[200, 400])
-def receiver(request: pytest.FixtureRequest) -> Iterator[Receiver]:
-    with Receiver(request.param) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_a_collector_gets_every_span_to_the_nanosecond_or_the_user_is_told(receiver: Receiver) -> None:
-    recorder = rich()
-    info = info_for(recorder)
-    rows = list(spans(recorder, info))
-    endpoint = f"http://127.0.0.1:{receiver.server_port}"
-    if receiver.status != 200:
-        with pytest.raises(RunError, match="refused"):
-            export_to(endpoint, rows, info)
-        return
-    assert export_to(endpoint, rows, info) == len(rows)
-    assert set(receiver.paths) == {"/v1/traces"}
-    got = [span for body in receiver.bodies for span in flat(body)]
-    assert [
-        (
-            span.trace_id.hex(),
-            span.span_id.hex(),
-            span.start_time_unix_nano,
-            span.end_time_unix_nano,
-            len(span.links),
-        )
-        for span in got
-    ] == [
-        (row.trace_id, row.span_id, row.start_time_unix_nano, row.end_time_unix_nano, len(row.links))
-        for row in rows
-    ]
 
 
 def test_a_step_of_a_thousand_requests_keeps_a_thousand_links() -> None:
@@ -220,4 +154,4 @@ def test_a_full_disk_is_one_sentence() -> None:
     recorder = rich()
     info = info_for(recorder)
     with pytest.raises(RunError, match="'/dev/full': No space left"):
-        export_to("/dev/full", spans(recorder, info), info)
+        export_to("/dev/full", recorder, info)
