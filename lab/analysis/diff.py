@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lab.analysis import distances as distance
 from lab.analysis.aligned import Aligned, align
 from lab.analysis.attribution import attribute, per_request, step_phases
+from lab.analysis.clocks import Skew, skews
 from lab.analysis.decisions import compare_decisions
 from lab.analysis.distributions import matched, percentiles, spread, summary
 from lab.analysis.files import write_atomic
@@ -89,6 +90,8 @@ class Diff:
     """Whether a side was measured, so that chance had a part in it."""
     configuration: dict[str, dict[str, Any]]
     """Options that differ between the two runs."""
+    clocks: tuple[list[Skew], list[Skew]]
+    """Of a side that several ranks computed: each rank's clock against rank 0's."""
 
     @property
     def moved(self) -> list[str]:
@@ -119,6 +122,10 @@ class Diff:
             "distances": self.distances,
             "noise": self.noise,
             "configuration": self.configuration,
+            "clocks": {
+                key: [skew._asdict() for skew in side]
+                for key, side in zip(self.keys, self.clocks, strict=True)
+            },
         }
         plain: dict[str, Any] = _plain(tree)
         return plain
@@ -206,6 +213,7 @@ def diff(
         noise=noise_floor([first_a, *noise], distances) if noise else None,
         measured=any(backend(run) == "real" for run in full),
         configuration=_configuration(left.config, right.config, keys),
+        clocks=(skews(first_a), skews(first_b)),
     )
 
 

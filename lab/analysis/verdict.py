@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lab.analysis.around import rule
+from lab.analysis.clocks import say
 from lab.analysis.diff import Diff
 from lab.analysis.frames import PARTS, STAGE_WORDS
 from lab.analysis.residuals import EXPLAINED, FACTS
@@ -15,6 +16,7 @@ def verdict(diff: Diff) -> list[str]:
     """What a reader should know first, most important first; each item is one or two whole sentences."""
     said = [
         _warnings(diff),
+        _clocks(diff),
         cause(diff),
         _decisions(diff),
         _error(diff),
@@ -108,6 +110,21 @@ def _warnings(diff: Diff) -> str:
             "table sets two unlike runs side by side, and nothing is re-simulated."
         )
     return " ".join(said)
+
+
+def _clocks(diff: Diff) -> str:
+    """Whose spans lie where they weren't."""
+    said = [
+        f"{say(skew)} in {label}"
+        for label, side in zip(diff.labels, diff.clocks, strict=True)
+        for skew in side
+        if skew.wrong
+    ]
+    if not said:
+        return ""
+    return (
+        f"Clock skew: {'; and '.join(said)}. Durations within a rank stand; times across ranks don't compare."
+    )
 
 
 def _workloads(diff: Diff) -> str:

@@ -250,6 +250,11 @@ class RankTiming:
     compact_ns: int = 0
     communication_ns: int = 0
     """Of these, within exchanges with other ranks: passing data on, and waiting for it."""
+    down_ns: int = 0
+    """The time of day at which the plan came, by this rank's clock, less when it was sent, by rank 0's."""
+    up_ns: int = 0
+    """The time of day at which rank 0 took the answer, less when it was given, by this rank's clock. Only clocks that
+    disagree make either of them negative (`lab.analysis.clocks`)."""
 
 
 @frozen

@@ -307,13 +307,16 @@ DECLARED: tuple[Boundary, ...] = (
         plane="data",
         path="request",
         emitted_at="real_engine/parallel/rank.py:RankExecutor.follow",
-        doc="One rank's part of the step, laid to the step's beginning: hosts' clocks aren't compared. Its phases lie "
-        "in it, but for rank 0, whose phases are the step's own. Absent when one process computes.",
+        doc="One rank's part of the step, laid to the step's beginning: clocks may disagree, down and up say by how "
+        "much. Its phases lie in it, but for rank 0, whose phases are the step's own. Absent when one process "
+        "computes.",
         attributes=(
             ("lab.rank", "int"),
             ("lab.rank.tensor", "int"),
             ("lab.rank.pipeline", "int"),
             ("lab.rank.communication_ns", "int"),
+            ("lab.rank.down_ns", "int"),
+            ("lab.rank.up_ns", "int"),
         ),
     ),
     Boundary(

@@ -231,7 +231,7 @@ def _rank_spans(
     cuts = [start]
     for phase in (part.transfer_ns, part.prepare_ns, part.forward_ns, part.sample_ns, part.compact_ns):
         cuts.append(min(cuts[-1] + phase, end))
-    about = (part.rank, part.tensor, part.pipeline, part.communication_ns)
+    about = (part.rank, part.tensor, part.pipeline, part.communication_ns, part.down_ns, part.up_ns)
     row = _row(_RANK, trace, ordinal, parent, start, cuts[-1], *about)
     yield row
     if part.rank:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from time import perf_counter_ns
+from time import perf_counter_ns, time_ns
 from typing import Any
 
 import torch
@@ -86,19 +86,23 @@ class ParallelExecutor:
     def _execute(self, plan: StepPlan) -> StepResult:
         started = perf_counter_ns()
         data = wire.encode(plan)
+        sent: list[int] = []
         for worker in self._crew.workers:
+            sent.append(time_ns())
             worker.link.send(b"P", data)
         sent_ns = perf_counter_ns() - started
         result, timing = self._own.follow(plan)
         timings, logprobs = [timing], result.logprobs
-        for worker in self._crew.workers:
+        for worker, at in zip(self._crew.workers, sent, strict=True):
             report = worker.hear(self._timeout_s)
+            heard, clock = time_ns(), report["clock"]
             if report.get("digest") != self._own.digest:
                 raise ExecutorError(
                     f"step {plan.index}: {worker} has executed other plans; its digest is {report.get('digest')}, "
                     f"and rank 0's {self._own.digest}"
                 )
-            timings.append(RankTiming(**report["timing"]))
+            across = {"down_ns": clock["came"] - at, "up_ns": heard - clock["gave"]}
+            timings.append(RankTiming(**report["timing"] | across))
             if report.get("logprobs"):
                 logprobs = wire.decode_logprobs(worker.link.receive(self._timeout_s)[1])
         rest_ns = perf_counter_ns() - started - sent_ns - result.duration_ns

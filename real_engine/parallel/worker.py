@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -105,11 +106,13 @@ def _follow(link: Link, rank: int, launched: ranks.Launched | None) -> None:
 
 def _step(link: Link, executor: RankExecutor) -> None:
     letter, data = link.receive()
+    came = time.time_ns()
     if letter != b"P":
         raise ExecutorError(f"expected a plan, and a frame '{letter.decode('latin-1')}' came")
     result, timing = executor.follow(wire.decode(data))
     said = bool(result.logprobs)
-    link.say(digest=executor.digest, timing=dataclasses.asdict(timing), logprobs=said)
+    clock = {"came": came, "gave": time.time_ns()}
+    link.say(digest=executor.digest, timing=dataclasses.asdict(timing), clock=clock, logprobs=said)
     if said:
         link.send(b"B", wire.encode_logprobs(result.logprobs))
 

@@ -193,7 +193,7 @@ def test_a_disk_that_takes_only_small_files_keeps_those_and_marks_the_run(tmp_pa
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         import pyarrow.parquet
         from tests.observe.test_rundir import Path, RunError, saved
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16000, 16000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (18000, 18000))
         try:
             saved(Path({str(tmp_path / "run")!r}))
         except RunError as error:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lab.analysis.diff import diff
 from lab.analysis.runs import load
+from lab.analysis.verdict import verdict
 from lab.observe.claim import partial_reason
 from tests.experiment.command import QUICK, environment, one_sentence, run
 from tests.experiment.test_endings import LONG, end, start, until
@@ -128,3 +130,29 @@ def test_what_torchrun_started_must_fit_the_configuration(tmp_path: Path) -> Non
     said = one_sentence(run(["backend=real", *TWO, *QUICK], tmp_path, extra=three))
     assert "torchrun started 3 processes" in said
     assert "engine.tensor_parallel=2" in said
+
+
+@pytest.mark.parametrize("skew_ms", [5.0, -40.0])
+def test_a_clock_that_is_wrong_on_one_rank_is_named_first(skew_ms: float, tmp_path: Path) -> None:
+    """Planted in the worker's process: its time of day is another one than rank 0's."""
+    (tmp_path / "skewed").mkdir()
+    (tmp_path / "skewed" / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if 'real_engine.parallel.worker' in sys.orig_argv:\n"
+        f"    time.time_ns = lambda true=time.time_ns: true() + {int(skew_ms * 1e6)}\n"
+    )
+    right = environment(tmp_path)["PYTHONPATH"]
+    for out, path in (("before", right), ("after", f"{tmp_path / 'skewed'}{os.pathsep}{right}")):
+        words = ["backend=real", *TWO, *QUICK, f"run.dir={out}", "run.report=false"]
+        done = run(words, tmp_path, extra={"PYTHONPATH": path})
+        assert done.returncode == 0, done.stderr
+    before, after = load(tmp_path / "before"), load(tmp_path / "after")
+    d = diff(before, after)
+    [true], [wrong] = d.clocks
+    assert not true.wrong
+    assert wrong.low - 1e6 < skew_ms * 1e6 < wrong.high + 1e6
+    first = verdict(d)[0]
+    way = "ahead of" if skew_ms > 0 else "behind"
+    assert first.startswith("Clock skew: rank 1's clock is ")
+    assert f"ms {way} rank 0's" in first
+    assert "Clock skew" not in " ".join(verdict(diff(before, before)))
