@@ -66,7 +66,7 @@ def compare(
         again = _resimulated(left, right, replay or Path(temporary) / "replay")
         exchanged = None
         if again is not None and not _same_decisions(left, again):
-            exchanged = _resimulated(right, left, Path(temporary) / "exchanged")
+            exchanged = _resimulated(right, left, Path(temporary) / "exchanged", "requests")
         return diff(a, b, again, exchanged=exchanged, noise=noise)
 
 
@@ -76,14 +76,14 @@ def _same_decisions(a: Run, b: Run) -> bool:
     return bool(left.equals(right))
 
 
-def _resimulated(a: Run, b: Run, out: Path) -> Run | None:
-    """b's rules with a's durations."""
+def _resimulated(a: Run, b: Run, out: Path, record: str = "everything") -> Run | None:
+    """b's rules with a's durations; `record` is how much is kept of it."""
     import importlib
 
     module, _, function = RESIMULATE.partition(":")
     try:
         hook = getattr(importlib.import_module(module), function)
-        run: Run = hook(b, a, out)
+        run: Run = hook(b, a, out, record)
     except (ImportError, DiptychError) as error:
         print(f"not re-simulated, so duration and decision error stay together: {error}", file=sys.stderr)
         return None

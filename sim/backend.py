@@ -187,12 +187,8 @@ def _described_capacity(cfg: Config, cost: PhysicalCost) -> Capacity:
 
 def recorded_cost(run: Run) -> RecordedCost:
     """The durations of a recorded run as a cost model."""
-    steps = run.step_records()
-    return RecordedCost(
-        [step.plan.digest for step in steps],
-        [step.timing for step in steps],
-        [(step.prefill_tokens, step.decode_tokens, step.context_tokens) for step in steps],
-    )
+    shape = run.steps[["prefill_tokens", "decode_tokens", "context_tokens"]]
+    return RecordedCost(run.steps["digest"].tolist(), run.timings(), shape.to_numpy())
 
 
 def recorded_capacity(run: Run) -> Capacity:
@@ -208,8 +204,10 @@ def recorded_outputs(run: Run) -> dict[RequestId, Output]:
     return {record.request.id: (record.output, record.reason == "stop") for record in run.request_records()}
 
 
-def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
+def resimulate(run_b: Run, run_a: Run, out: Path, record: str = "everything") -> Run:
     """Run b's workload, configuration and policies with a's step durations, into run directory `out`.
+
+    `record` is how much is kept of it (`lab.config.RECORD`).
 
     With b = a (or equal in all but durations) this is the parity test: the plan digests must be a's. Where outputs
     weren't forced, b's own tokens and ends are used again: they are what its decisions followed.
@@ -235,6 +233,7 @@ def resimulate(run_b: Run, run_a: Run, out: Path) -> Run:
         requests=run_b.workload(),
         config_text=yaml.safe_dump({**config, "backend": "sim"}, sort_keys=False),
         model=str(config.get("model", {}).get("name", "")),
+        record=record,
     )
     run_side(side, out, None)
     return load(out)

@@ -8,8 +8,10 @@ own. The first step where that happens is `diverged_at`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lab.control.plan import StepPlan, StepTiming
 from lab.errors import ReplayError
@@ -19,13 +21,17 @@ class RecordedCost:
     """Durations by step. `shapes` are (prefill tokens, decode tokens, context tokens) of the recorded steps."""
 
     def __init__(
-        self, digests: Sequence[str], timings: Sequence[StepTiming], shapes: Sequence[tuple[int, int, int]]
+        self,
+        digests: Sequence[str],
+        timings: Sequence[StepTiming],
+        shapes: Sequence[tuple[int, int, int]] | NDArray[Any],
     ) -> None:
         if not digests:
             raise ReplayError("the recorded run has no steps to replay")
         self._timings = timings
         self._recorded = {digest: index for index, digest in enumerate(digests)}
-        self._shapes = np.log1p(np.asarray(shapes, dtype=np.float64))  # [steps, 3]
+        self._shapes = np.log1p(np.asarray(shapes, dtype=np.float64).T)  # [3, steps]
+        self._found: dict[tuple[int, int, int], int] = {}
         self.diverged_at: int | None = None
 
     def step_time(self, plan: StepPlan) -> StepTiming:
@@ -46,5 +52,9 @@ class RecordedCost:
         prefill = sum(work.tokens for work in items if work.tokens > 1)
         decode = steady.seqs + sum(work.tokens for work in items if work.tokens == 1)
         context = steady.context + sum(work.context for work in items)
-        here = np.log1p([prefill, decode, context])
-        return int(np.argmin(((self._shapes - here) ** 2).sum(axis=1)))
+        shape = prefill, decode, context
+        if shape not in self._found:
+            here = np.log1p(shape)
+            distance = sum((column - value) ** 2 for column, value in zip(self._shapes, here, strict=True))
+            self._found[shape] = int(np.argmin(distance))
+        return self._found[shape]
