@@ -78,7 +78,8 @@ class Diff:
     terms: pd.DataFrame
     """Which fact about a batch each phase's residual is proportional to."""
     counterfactual: dict[str, dict[str, float]] | None
-    """Per headline metric: total = duration + decision. None when nothing was re-simulated."""
+    """Per headline metric: total = duration + decision. None when nothing was re-simulated, or with other rules than
+    b's."""
     parity: bool | None
     """Whether replaying a's durations gave a's plan digests; None when not tried."""
     replay_divergence: dict[str, Any] | None
@@ -183,6 +184,11 @@ def diff(
         parity = replayed["first_divergent_step"] is None
     aligned = align(left, right)
     decisions = compare_decisions(left, right, keys)
+    parted = decisions["first_divergence"]
+    if parity and parted is not None and parted["cause"] == "rule":
+        resimulated = exchanged = (
+            None  # b's rules aren't those of its configuration: they were never run again
+        )
     steps = residuals(left, right, aligned)
     distances = distance.summary(*both, *pieces) | {"decisions": distance.of_decisions(decisions, aligned)}
     pairs = [both, *(matched(x.requests, y.requests) for x, y in zip(many_a[1:], many_b[1:], strict=True))]

@@ -258,6 +258,8 @@ def _error(diff: Diff) -> str:
         )
     if diff.decisions["first_divergent_step"] is None:
         return f"{text}, all of it from durations, since the decisions are equal."
+    if diff.replay_divergence is None and diff.parity:
+        return f"{text}; duration and decision error can't be separated: {diff.labels[1]}'s rules can't be had again."
     return f"{text}; duration and decision error were not separated, because nothing was re-simulated."
 
 

@@ -86,6 +86,8 @@ def test_a_budget_off_by_one_is_named(plain: Run, tmp_path: Path) -> None:
     d = compare(plain, again(plain, tmp_path / "after", smaller))
     assert "the step's token budget: before took 512 tokens, after 511" in first_words(d)
     assert any("made by other code" in sentence for sentence in verdict(d))
+    assert d.counterfactual is None  # the rule that differs was never run again
+    assert any("can't be separated" in sentence for sentence in verdict(d))
 
 
 def test_a_changed_rule_of_the_prefix_cache_is_named(plain: Run, tmp_path: Path) -> None:
