@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from lab.analysis.decisions import compare_decisions
 from lab.analysis.diff import diff
 from lab.analysis.drawing import summed
 from lab.analysis.frames import intervals, stages_of
+from lab.analysis.page.columns import pack, shape
 from lab.analysis.plots import aligned_steps, figures
 from lab.analysis.report import write_report
 from lab.analysis.verdict import verdict
@@ -95,13 +94,12 @@ def test_one_replica_is_drawn_from_its_own_steps() -> None:
 def test_page_and_figures_of_a_fleet_keep_replicas_apart(tmp_path: Path) -> None:
     run = fleet(toy_run(1, count=8), toy_run(2, count=8))
     write_report(tmp_path / "r.html", [run, run], diff(run, run))
-    data = re.search(r'id="timeline-data">(.*?)</script>', (tmp_path / "r.html").read_text(), re.S)
-    assert data
-    panel = json.loads(data.group(1))["panels"][0]
-    assert panel["replicas"] == [0, 1]
+    drawn = pack(run, shape([run]))["steps"]
+    number, replica = np.cumsum(drawn["step"].astype(np.int64)), np.asarray(drawn["replica"])
+    assert sorted(set(replica.tolist())) == [0, 1]
     for place in (0, 1):
-        bars = [bar for bar in panel["steps"] if bar[6] == place]
-        assert [bar[0] for bar in bars] == run.steps.loc[run.steps["replica"] == place, "step"].tolist()
+        steps = run.steps.loc[run.steps["replica"] == place, "step"]
+        assert number[replica == place].tolist() == steps.tolist()
     assert len(list(figures([run]))) == len(list(figures([toy_run(1, count=8)])))
 
 
