@@ -196,12 +196,15 @@ class SamplingConfig:
 
 @dataclass
 class ExportConfig:
-    """OpenTelemetry, beside the run directory's own files."""
+    """For the tools of others: OpenTelemetry's collectors, Perfetto. `python -m lab.export` does the same later."""
 
     otlp_endpoint: str | None = option(
         None, "send spans to this OTLP endpoint: http(s)://host:4318, grpc(s)://host:4317"
     )
     otlp_file: bool = option(False, "write spans as OTLP JSON lines into the run directory")
+    perfetto: bool | None = option(
+        None, "write timeline.perfetto-trace; null: yes, but not for a simulation alone"
+    )
     console: bool = option(False, "print spans")
 
 

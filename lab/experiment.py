@@ -84,6 +84,8 @@ def experiment(cfg: Config) -> int:
             )
             finished[backend.name] = run_side(side, path / backend.name if both else path, console)
         _conclude(cfg, {name: ran.path for name, ran in finished.items()}, path)
+        if cfg.export.perfetto if cfg.export.perfetto is not None else set(finished) != {"sim"}:
+            _timeline(finished, path)
     _export(cfg, finished)
     return 0
 
@@ -99,13 +101,23 @@ def _job(cfg: Config) -> Job:
     return Job(cfg, requests, source, spec, config_yaml(cfg), f"{cfg.policy.name}-{cfg.trace.name}")
 
 
+def _timeline(finished: Mapping[str, Ran], path: Path) -> None:
+    """What Perfetto shows: both sides over each other."""
+    from lab.export import TIMELINE, write_timeline
+    from lab.observe.plain import plain_spans
+
+    sides = [(name, plain_spans(ran.recorder, ran.info, links=False)) for name, ran in finished.items()]
+    write_timeline(path / TIMELINE, sides)
+    print(f"timeline for ui.perfetto.dev: {path / TIMELINE}")
+
+
 def _export(cfg: Config, finished: Mapping[str, Ran]) -> None:
     """Send the spans where they were wanted. The runs are complete by now: no failure costs one of them."""
+    from lab.export import headers
     from lab.observe.otel import export_to
-    from lab.observe.send import headers
 
     targets = [target for target in (cfg.export.otlp_endpoint, "console" * cfg.export.console) if target]
-    more = headers(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", ""))
+    more = headers()
     failed: dict[str, str] = {}
     for target in targets:
         for name, ran in finished.items():

@@ -19,6 +19,7 @@ from observation import made_request, made_step
 from lab.observe.identity import RunInfo
 from lab.observe.otel import readable
 from lab.observe.otlp import messages, write_otlp
+from lab.observe.perfetto import write_timeline
 from lab.observe.plain import plain_spans
 from lab.observe.recorder import Recorder
 from lab.observe.spans import spans
@@ -70,6 +71,12 @@ def main(count: int = 1_000_000) -> float:
             return file.stat().st_size
 
         took = timed("OTLP file", otlp_file)
+
+        def timeline() -> int:
+            write_timeline(file, [("sim", plain_spans(recorder, INFO, links=False))])
+            return file.stat().st_size
+
+        timed("Perfetto timeline", timeline)
         packed = timed(
             "OTLP messages",
             lambda: sum(len(message) for message, _ in messages(plain_spans(recorder, INFO), INFO)),

@@ -27,13 +27,14 @@ FILES = (
     "metrics.prom",
     "log.jsonl",
     "spans.otlp.jsonl",
+    "timeline.perfetto-trace",
     "report.html",
 )
 """What a run may write, beside its marker. A directory is reused only by removing exactly these."""
 
 SIDES = ("real", "sim", "replay")
 """Run directories below the directory of an experiment on both backends ..."""
-COMPARED = ("diff.json", "report.html")
+COMPARED = ("diff.json", "report.html", "timeline.perfetto-trace")
 """... and what compares them."""
 
 _LEFT_OVER = re.compile(r"\..+\.\d+\.tmp")

@@ -8,10 +8,10 @@ in the resource tells the sides apart.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 from lab.control.request import GREEDY, Piece, Request, SamplingParams, Segment
 from lab.observe.boundaries import SCHEMA_VERSION
@@ -37,6 +37,22 @@ class RunInfo:
     run: str
     version: str = ""
     revision: str = ""
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any]) -> RunInfo:
+        """What `attributes` were made of. Raises `KeyError` for the first that is missing."""
+        return cls(
+            backend=attributes["lab.backend"],
+            clock=attributes["lab.clock"],
+            evidence=attributes["lab.evidence"],
+            workload=attributes["lab.workload.id"],
+            model=attributes["gen_ai.request.model"],
+            policy=attributes["lab.policy"],
+            seed=attributes["lab.seed"],
+            run=attributes["service.instance.id"],
+            version=attributes.get("service.version", ""),
+            revision=attributes.get("vcs.ref.head.revision", ""),
+        )
 
     def attributes(self) -> dict[str, str | int]:
         """Resource attributes. `service.instance.id` is set because the SDK would make up a random one."""

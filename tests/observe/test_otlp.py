@@ -129,7 +129,7 @@ class Collector:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _HttpServer
+    server: HttpServer
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -151,13 +151,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-class _HttpServer(HTTPServer):
+class HttpServer(HTTPServer):
     def __init__(self, collector: Collector) -> None:
         self.collector = collector
         super().__init__(("127.0.0.1", 0), _Handler)
 
 
-class _Servicer(TraceServiceServicer):
+class Servicer(TraceServiceServicer):
     def __init__(self, collector: Collector) -> None:
         self.collector = collector
 
@@ -176,13 +176,13 @@ def listening(request: pytest.FixtureRequest) -> Iterator[tuple[str, Collector]]
     collector = Collector()
     if request.param == "grpc":
         service = grpc.server(futures.ThreadPoolExecutor(1))
-        add_TraceServiceServicer_to_server(_Servicer(collector), service)
+        add_TraceServiceServicer_to_server(Servicer(collector), service)
         port = service.add_insecure_port("127.0.0.1:0")
         service.start()
         yield f"grpc://127.0.0.1:{port}", collector
         service.stop(None).wait()
         return
-    with _HttpServer(collector) as server:
+    with HttpServer(collector) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", collector
