@@ -108,11 +108,16 @@ def _grid(boxes: Sequence[_Box], top: int) -> list[str]:
         y = top + (i // _COLUMNS) * (_BOX_H + _GAP)
         file, _, code = box.code.partition(":")
         parts.append(
-            f'<g class="box {box.plane}"><title>{escape(box.doc)}</title>'
+            f'<g class="box {box.plane}{" unseen" if box.note == "0" else ""}"><title>{escape(box.doc)}</title>'
             f'<rect x="{x}" y="{y}" width="{_BOX_W}" height="{_BOX_H}" rx="5"/>'
             f'<text class="name" x="{x + 9}" y="{y + 18}">{escape(box.name)}</text>'
             f'<text class="count" x="{x + _BOX_W - 9}" y="{y + 18}" text-anchor="end">{escape(box.note)}</text>'
             f'<text class="code" x="{x + 9}" y="{y + 34}">{escape(code)}</text>'
-            f'<text class="code" x="{x + 9}" y="{y + 48}">{escape(file)}</text></g>'
+            f'<text class="code" x="{x + 9}" y="{y + 48}"{_narrow(file)}>{escape(file)}</text></g>'
         )
     return parts
+
+
+def _narrow(text: str) -> str:
+    """Squeezes what is too long for its box."""
+    return f' textLength="{_BOX_W - 18}" lengthAdjust="spacingAndGlyphs"' if len(text) > 25 else ""

@@ -112,8 +112,8 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name, file in (("style", "report.css"), ("page_script", "page.js")):
-        made.globals[name] = Markup((TEMPLATES / file).read_text(encoding="utf-8"))
+    for file in (TEMPLATES / "report.css", *sorted(TEMPLATES.glob("*.js"))):
+        made.globals[file.name.replace(".", "_")] = Markup(file.read_text(encoding="utf-8"))
     return made
 
 

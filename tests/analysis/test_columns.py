@@ -16,7 +16,7 @@ from tests.analysis.toy import ToyRun, pair, toy_run
 
 
 def unpacked(run: ToyRun, window_s: tuple[float, float] | None = None) -> tuple[Any, dict[str, Any]]:
-    """As `page.js` does it."""
+    """As `columns.js` does it."""
     shared = shape([run], window_s)
     tables = pack(run, shared)
     lanes, pieces, stretches, steps = (tables[n] for n in ("lanes", "pieces", "stretches", "steps"))

@@ -5,7 +5,7 @@
 A lane is a request, in order of arrival, the same in every side of a page. Its pieces tile its life, so only their
 lengths are sent. What a step's batch held isn't sent step by step but as stretches: consecutive steps in which a
 request computed equally many tokens. That is exact, and for a decode of 500 tokens it is one row. Small differences
-instead of large numbers make the compressed columns small. `page.js` undoes all of this.
+instead of large numbers make the compressed columns small. `templates/columns.js` undoes all of this.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def embed(charts: Mapping[str, list[Any]], start: CustomJS | None = None) -> Emb
     """One document of all charts, so that they can share ranges; `start` runs when it stands."""
     from bokeh.document import Document
     from bokeh.embed import components
+    from bokeh.models import CustomJS
     from bokeh.resources import Resources
 
     flat = {f"{name}-{i}": chart for name, several in charts.items() for i, chart in enumerate(several)}
@@ -41,8 +42,8 @@ def embed(charts: Mapping[str, list[Any]], start: CustomJS | None = None) -> Emb
     with document.models.freeze():  # else it looks through all charts again for each one
         for chart in flat.values():
             document.add_root(chart)
-    if start is not None:
-        document.js_on_event("document_ready", start)
+    standing = CustomJS(code="window.diptych.standing()")
+    document.js_on_event("document_ready", *([start] if start is not None else []), standing)
     script, places = components(flat, wrap_script=False)
     resources = Resources(mode="inline", components=["bokeh"], log_level="warn")
     return Embedded(

@@ -1,6 +1,6 @@
 """The charts over time, linked to one range: lanes, steps, batch, KV cache, queue, hits, fairness. Observation path.
 
-Bokeh draws axes, tools and tooltips. What lies inside the window is filled in by `templates/page.js` from the columns
+Bokeh draws axes, tools and tooltips. What lies inside the window is filled in by `templates/timeline.js` from the columns
 of `lab/analysis/page/columns.py`, each time the window moves: so a chart never holds more marks than pixels can show,
 and zooming in shows single steps and requests.
 """
@@ -218,7 +218,7 @@ def _steps(canvas: Canvas, runs: Sequence[RunLike]) -> figure:
 
 
 def _hover(drawn: figure, renderers: list[Any], call: str) -> None:
-    """A tooltip whose text `page.js` writes, line by line; what runs say of themselves is text there, never HTML."""
+    """A tooltip whose text `timeline.js` writes, line by line; what runs say of themselves is text there, never HTML."""
     from bokeh.models import CustomJSHover, HoverTool
 
     drawn.add_tools(
