@@ -90,6 +90,7 @@ def render(
             parted=facts is not None and bool(facts["divergence"]["moments"]),
             facts=None if facts is None else Markup(as_json(facts)),
             without=WITHOUT,
+            window=window_s,
             instead={INSTEAD[anchor]: static[anchor] for anchor in INSTEAD if anchor in static},
             figures=[figure for anchor, figure in static.items() if anchor not in INSTEAD],
             runs=[describe(label, run) for label, _, run in sides],

@@ -113,6 +113,7 @@ def test_hovering_tells_of_requests_and_steps_and_a_click_shows_the_batch(
     settle(page)
     (tip,) = page.run(TOOLTIPS)
     assert "real · step" in tip
+    assert page.run("document.getElementById('step-name').innerText") in tip
     page.run("diptych.act('parted')")
     settle(page)
     text = page.run("document.getElementById('step').innerText")

@@ -68,11 +68,13 @@ def distributions(samples: Sequence[dict[str, NDArray[np.float64]]], sides: Sequ
     return out
 
 
-def quantiles(values: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def quantiles(
+    values: NDArray[np.float64], most: int = MOST_QUANTILES
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Values and the share of samples at or below each, in percent."""
     import numpy as np
 
-    ranks = np.unique(np.linspace(0, len(values) - 1, min(len(values), MOST_QUANTILES)).astype(np.int64))
+    ranks = np.unique(np.linspace(0, len(values) - 1, min(len(values), most)).astype(np.int64))
     x = values[ranks].astype(np.float32)
     share = (100 * np.searchsorted(values, values[ranks], "right") / len(values)).astype(np.float32)
     return np.append(x[:1], x), np.append(np.float32(0), share)

@@ -1,4 +1,4 @@
-"""Curves over time: batch, queue, KV cache; one column of the steps each, filled in by `timeline.js`. Observation path."""
+"""Curves over time of batch, queue and KV cache, a column of the steps each. Observation path."""
 
 from __future__ import annotations
 

@@ -74,8 +74,9 @@ def chart(
     drawn.xaxis.axis_label = x
     drawn.yaxis.axis_label = y
     drawn.yaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
-    if linked:
-        drawn.xaxis.formatter = BasicTickFormatter(use_scientific=False)
+    drawn.xaxis.formatter = (
+        BasicTickFormatter(use_scientific=False) if linked else NumeralTickFormatter(format="0,0.[000]")
+    )
     drawn.grid.grid_line_color = "#E6E6E6"
     drawn.outline_line_color = "#DCDFE3"
     return drawn

@@ -1,8 +1,8 @@
 """The charts over time, linked to one range: lanes, steps, batch, KV cache, queue, hits, fairness. Observation path.
 
-Bokeh draws axes, tools and tooltips. What lies inside the window is filled in by `templates/timeline.js` from the columns
-of `lab/analysis/page/columns.py`, each time the window moves: so a chart never holds more marks than pixels can show,
-and zooming in shows single steps and requests.
+Bokeh draws axes, tools and tooltips. What lies inside the window is filled in by `templates/timeline.js` from
+the columns of `lab/analysis/page/columns.py`, each time the window moves: so a chart never holds more marks than
+pixels can show, and zooming in shows single steps and requests.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def timeline(
     low, high = (0.0, end) if shared.window_ns is None else (t / 1e9 for t in shared.window_ns)
     pad = 0.005 * (high - low)
     x = Range1d(low - pad, high + pad, bounds=(low - 2 * pad, high + 2 * pad), min_interval=2e-6)
-    parted = _divergence(diff)
+    parted = _divergence(diff, low, high)
     canvas = Canvas(x, sides, [(moment, sides[i].colour) for i, moment in parted["moments"]])
     charts = {
         "overview": [_overview(canvas, runs, shared)],
@@ -84,16 +84,17 @@ def timeline(
     return Timeline(charts, start, facts)
 
 
-def _divergence(diff: Diff | None) -> dict[str, Any]:
-    """Step and moments (side, s) at which the decisions part."""
+def _divergence(diff: Diff | None, low: float, high: float) -> dict[str, Any]:
+    """Step and moments (side, s) at which the decisions part, if that is in sight."""
     found = None if diff is None else diff.decisions["first_divergence"]
     if diff is None or found is None:
         return {"step": None, "replica": 0, "moments": []}
     states = [found[key] for key in diff.keys]
+    moments = [(i, state["now_ns"] / 1e9) for i, state in enumerate(states) if state is not None]
     return {
         "step": int(found["step"]),
         "replica": int(found.get("replica") or 0),
-        "moments": [(i, state["now_ns"] / 1e9) for i, state in enumerate(states) if state is not None],
+        "moments": [(i, moment) for i, moment in moments if low <= moment <= high],
     }
 
 
@@ -218,7 +219,7 @@ def _steps(canvas: Canvas, runs: Sequence[RunLike]) -> figure:
 
 
 def _hover(drawn: figure, renderers: list[Any], call: str) -> None:
-    """A tooltip whose text `timeline.js` writes, line by line; what runs say of themselves is text there, never HTML."""
+    """A tooltip whose text `tell.js` writes, line by line; what runs say of themselves is text there, never HTML."""
     from bokeh.models import CustomJSHover, HoverTool
 
     drawn.add_tools(
