@@ -12,11 +12,13 @@ the shapes in turn say what the error is on each kind of batch. Data plane.
 from __future__ import annotations
 
 import dataclasses
+import json
+import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from lab import plugins
 from lab.config import Config, CostConfig
@@ -25,7 +27,7 @@ from lab.control.core import EngineCore
 from lab.control.executor import Executor
 from lab.control.loop import IDLE, serve
 from lab.control.observer import Observer, StepRecord
-from lab.control.plan import GENESIS, Move, StepPlan, StepResult, Work
+from lab.control.plan import GENESIS, Move, StepPlan, StepTiming, Work
 from lab.control.request import Prompt, Request, Segment, stream_of
 from lab.control.step import Limits
 from lab.errors import ConfigError
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 Notify = Callable[[int, int, str], None]
 """Called with (done, total, what) as calibration goes on."""
+
+Sample: TypeAlias = tuple[Batch, StepTiming]
+IN_A_ROW = 3
+"""Steps of a shape of decodes; the first meets caches full of something else, and isn't counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,12 @@ class Shape:
             return [self.context + 3]
         step = 1.5 * self.context / max(1, self.decodes - 1)
         return [self.context // 4 + round(step * i) + 3 for i in range(self.decodes)]
+
+    @property
+    def reach(self) -> int:
+        """The longest context while it is measured."""
+        row = 0 if self.chunks else IN_A_ROW - 1
+        return row + max([*self.contexts(), *(start + tokens for start, tokens in self.chunks)])
 
     @property
     def tokens(self) -> int:
@@ -81,8 +93,8 @@ def grid(limits: Limits, max_context: int) -> list[Shape]:
     shapes += [Shape(b, 256, ((s, n),)) for b in (1, 4, 16) for s in (0, 150) for n in (24, 64, 192)]
 
     def fits(shape: Shape) -> bool:
-        reach = max([*shape.contexts(), *(start + tokens for start, tokens in shape.chunks)])
-        return shape.tokens <= budget and shape.decodes + len(shape.chunks) <= seqs and reach <= max_context
+        few = shape.tokens <= budget and shape.decodes + len(shape.chunks) <= seqs
+        return few and shape.reach <= max_context
 
     return [shape for shape in shapes if fits(shape)]
 
@@ -93,38 +105,48 @@ class Bench:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._count = 0
-        self._written = 1
+        self._next = 0
+        order = list(range(executor.capacity.blocks))
+        random.Random(0).shuffle(order)
+        self._order = order
+        """Blocks as a pool hands them out that was in use for a while: next to nothing lies side by side."""
         self._gone: tuple[str, ...] = ()
 
-    def measure(self, shape: Shape) -> tuple[StepPlan, StepResult]:
+    def measure(self, shape: Shape) -> list[Sample]:
+        """A shape once; if it is decodes alone, a row of steps after a first one, as they come in a run."""
         capacity = self._executor.capacity
         size = capacity.block_size
+        row = 1 if shape.chunks else IN_A_ROW
         requests: list[Request] = []
         works: list[Work] = []
-        taken = 0
         items = [(context - 1, 1) for context in shape.contexts()] + list(shape.chunks)
         for start, tokens in items:
             self._count += 1
             name = f"calibration-{self._count}"
             prompt = Prompt((Segment(stream_of(name), 0, start + tokens),))
-            blocks = tuple((taken + i) % capacity.blocks for i in range(-(-(start + tokens) // size)))
-            taken += len(blocks)
-            requests.append(Request(id=name, prompt=prompt, output_len=1))
+            count = -(-(start + tokens + row - 1) // size)
+            blocks = tuple(self._order[(self._next + i) % capacity.blocks] for i in range(count))
+            self._next += count
+            requests.append(Request(id=name, prompt=prompt, output_len=row))
             works.append(Work(name, start, tokens, True, blocks))
         names = tuple(request.id for request in requests)
-        self._write(min(taken, capacity.blocks))
         # Introduced in a plan of their own: what a newcomer costs is no part of a batch's shape.
         self._executor.execute(StepPlan(0, 0, (), GENESIS, tuple(requests), names, released=self._gone))
         self._gone = names
-        plan = StepPlan(0, 0, tuple(works), GENESIS)
-        return plan, self._executor.execute(plan)
+        found = []
+        for _ in range(row):
+            plan = StepPlan(0, 0, tuple(works), GENESIS)
+            result = self._executor.execute(plan)
+            timing = StepTiming(0, result.prepare_ns, result.forward_ns, result.sample_ns, 0)
+            found.append((Batch.of(plan), timing))
+            works = [Work(work.request, work.start + 1, 1, True, ()) for work in works]
+        return found[1:] or found
 
-    def _write(self, blocks: int) -> None:
-        """Have every block up to this one written: reading memory that nobody wrote reads one page over and over."""
-        if blocks > self._written:
-            pairs = tuple((0, block) for block in range(self._written, blocks))
+    def write(self) -> None:
+        """Have every block written: memory that nobody wrote is one page, read over and over."""
+        pairs = tuple((0, block) for block in range(1, self._executor.capacity.blocks))
+        if pairs:
             self._executor.execute(StepPlan(0, 0, (), GENESIS, copies=(Move("calibration", pairs),)))
-            self._written = blocks
 
     def finish(self) -> None:
         self._executor.execute(StepPlan(0, 0, (), GENESIS, released=self._gone))
@@ -151,12 +173,15 @@ def shakedown(
         limits=limits,
         observer=steps,
     )
-    count = min(16, limits.max_seqs)
     longest = min(capacity.max_context, capacity.blocks * capacity.block_size) // 2
-    for i in range(count):
-        stream = stream_of("shakedown", i)
-        prompt = Prompt((Segment(stream, 0, max(1, min(20 + 37 * i % 300, longest))),))
-        core.add(Request(id=f"shakedown-{i}", prompt=prompt, output_len=min(6 + 5 * i, longest)), 0)
+    count = min(24, limits.max_seqs)
+    sizes = [(20 + 37 * i % 300, 6 + 4 * i) for i in range(count)]
+    sizes += [
+        (300 + 67 * i % 200, 2 + i % 5) for i in range(count // 2)
+    ]  # and steps full of prompts, in a row
+    for i, (asked, given) in enumerate(sizes):
+        prompt = Prompt((Segment(stream_of("shakedown", i), 0, max(1, min(asked, longest))),))
+        core.add(Request(id=f"shakedown-{i}", prompt=prompt, output_len=min(given, longest)), 0)
     clock = [0]
     for wait in serve(core, executor, MeasuredControl(), lambda: clock[0]):
         if wait == IDLE:
@@ -168,17 +193,44 @@ def shakedown(
             return
 
 
-def calibrate(
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: repeats of each shape by its label, and the short workload's steps in order."""
+
+    grid: Mapping[str, Sequence[Sample]]
+    steps: Sequence[Sample]
+
+    def and_again(self, other: Measured) -> Measured:
+        """Both together, as if measured at one time: what two moments of a machine have in common."""
+        grid = {label: [*samples, *other.grid.get(label, ())] for label, samples in self.grid.items()}
+        return Measured(grid, [*self.steps, *other.steps])
+
+    def to_json(self) -> str:
+        def plain(samples: Sequence[Sample]) -> list[list[Any]]:
+            return [[list(astuple(batch)), list(astuple(timing))] for batch, timing in samples]
+
+        grid = {label: plain(samples) for label, samples in self.grid.items()}
+        return json.dumps({"grid": grid, "steps": plain(self.steps)}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Measured:
+        def samples(plain: list[list[Any]]) -> list[Sample]:
+            return [(Batch(*batch), StepTiming(*timing)) for batch, timing in plain]
+
+        body = json.loads(text)
+        return cls({label: samples(rows) for label, rows in body["grid"].items()}, samples(body["steps"]))
+
+
+def measure(
     executor: Executor,
     policy: SchedulingPolicy,
     eviction: EvictionPolicy,
     limits: Limits,
     *,
-    about: dict[str, Any],
     repeats: int = 3,
     notify: Notify = lambda done, total, what: None,
-) -> LinearCost:
-    """Measure and fit. `about` is kept beside the coefficients, with the fit's error in and out of sample."""
+) -> Measured:
+    """The grid, `repeats` times over, and the short workload. Raises `ConfigError` where nothing fits the limits."""
     capacity = executor.capacity
     shapes = grid(limits, min(capacity.max_context, capacity.blocks * capacity.block_size))
     if not shapes:
@@ -187,45 +239,89 @@ def calibrate(
             f"engine.max_seqs={limits.max_seqs} with a context of {capacity.max_context}; make one of them larger"
         )
     bench = Bench(executor)
+    bench.write()
     for shape in (shapes[0], shapes[-1]):
         bench.measure(shape)
     # Rounds over the whole grid, not repeats of one shape: a noisy second then spoils one sample of many.
-    samples: list[list[tuple[StepPlan, StepResult]]] = [[] for _ in shapes]
+    samples: dict[str, list[Sample]] = {shape.label(): [] for shape in shapes}
     for round_ in range(repeats):
         for index, shape in enumerate(shapes):
             notify(round_ * len(shapes) + index, repeats * len(shapes) + 1, shape.label())
-            samples[index].append(bench.measure(shape))
+            samples[shape.label()] += bench.measure(shape)
     bench.finish()
     notify(repeats * len(shapes), repeats * len(shapes) + 1, "a short workload")
-    steps = [step for step in shakedown(executor, policy, eviction, limits) if step.plan.work]
-    learnt, unseen = steps[::2], steps[1::2]
+    steps = shakedown(executor, policy, eviction, limits)
+    return Measured(samples, [(Batch.of(step.plan), step.timing) for step in steps if step.plan.work])
 
-    batches = [Batch.of(runs[0][0]) for runs in samples]
-    measured: dict[str, list[tuple[Batch, int]]] = {}
+
+def fit(measured: Measured, about: Mapping[str, Any]) -> LinearCost:
+    """Fit what was measured. `about` is kept beside the coefficients, with the fit's error in and out of sample."""
+    learnt, unseen = measured.steps[::2], measured.steps[1::2]
+    told: dict[str, list[tuple[Batch, int]]] = {}
     for phase in PHASES:
-        told = [(Batch.of(step.plan), getattr(step.timing, phase)) for step in learnt]
-        if phase in ("plan_ns", "commit_ns"):
-            measured[phase] = told
-        else:
-            medians = [round(statistics.median(getattr(r, phase) for _, r in runs)) for runs in samples]
-            measured[phase] = [*zip(batches, medians, strict=True), *told]
-    fit = LinearCost.fit(measured, about)
-    by_shape = _by_shape(measured)
-    executed = [statistics.median(result.duration_ns for _, result in runs) for runs in samples]
-    times = [fit.step_time(runs[0][0]).execute_ns for runs in samples]
+        told[phase] = [(batch, getattr(timing, phase)) for batch, timing in learnt]
+        if phase not in ("plan_ns", "commit_ns"):
+            medians = [
+                (runs[0][0], round(statistics.median(getattr(timing, phase) for _, timing in runs)))
+                for runs in measured.grid.values()
+            ]
+            told[phase] = medians + told[phase]
+    cost = levelled(LinearCost.fit(told, about), learnt)
+    executed = [statistics.median(timing.execute_ns for _, timing in runs) for runs in measured.grid.values()]
     quality = {
-        "grid_shapes": len(shapes),
+        "grid_shapes": len(measured.grid),
         "repeat_spread_pct": round(
-            statistics.median(_spread([result.duration_ns for _, result in runs]) for runs in samples), 1
+            statistics.median(
+                _spread([timing.execute_ns for _, timing in runs]) for runs in measured.grid.values()
+            ),
+            1,
         ),
-        "grid_error_pct": _errors(times, executed),
+        "grid_error_pct": _errors(
+            [cost.price(runs[0][0]).execute_ns for runs in measured.grid.values()], executed
+        ),
         "holdout_steps": len(unseen),
         "holdout_error_pct": _errors(
-            [fit.step_time(step.plan).total_ns for step in unseen], [step.timing.total_ns for step in unseen]
+            [cost.price(batch).total_ns for batch, _ in unseen], [timing.total_ns for _, timing in unseen]
         ),
-        "holdout_by_shape_pct": by_shape,
+        "holdout_by_shape_pct": _by_shape(told),
     }
-    return LinearCost(fit.coefficients, {**fit.measured_on, "quality": quality}, fit.intervals)
+    return LinearCost(cost.coefficients, {**cost.measured_on, "quality": quality}, cost.intervals)
+
+
+MOST_OFF = 2.0
+"""A step that took so many times as long as it should, or as many times less, says no more than that."""
+
+
+def levelled(cost: LinearCost, steps: Sequence[Sample]) -> LinearCost:
+    """The fit, each phase scaled so that these steps take what they took on average.
+
+    A robust fit meets the usual step. Interruptions only ever make one longer, so the average lies above, and a
+    run's time is made of averages (the idea of Duan's smearing estimate, JASA 1983).
+    """
+    coefficients, intervals = {}, {}
+    for phase in PHASES:
+        pairs = [(getattr(timing, phase), getattr(cost.price(batch), phase)) for batch, timing in steps]
+        ratios = [min(max(took / told, 1 / MOST_OFF), MOST_OFF) for took, told in pairs if told]
+        level = statistics.fmean(ratios) if ratios else 1.0
+        coefficients[phase] = {name: level * value for name, value in cost.coefficients[phase].items()}
+        intervals[phase] = {
+            name: (level * low, level * high) for name, (low, high) in cost.intervals.get(phase, {}).items()
+        }
+    return LinearCost(coefficients, cost.measured_on, intervals)
+
+
+def calibrate(
+    executor: Executor,
+    policy: SchedulingPolicy,
+    eviction: EvictionPolicy,
+    limits: Limits,
+    *,
+    about: Mapping[str, Any],
+    repeats: int = 3,
+    notify: Notify = lambda done, total, what: None,
+) -> LinearCost:
+    """Measure and fit."""
+    return fit(measure(executor, policy, eviction, limits, repeats=repeats, notify=notify), about)
 
 
 FOLDS = 5

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.control.plan import GENESIS, StepPlan, StepTiming, Work
+from lab.control.executor import Capacity, Executor
+from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, Work
 from lab.errors import ConfigError
 from sim.backend import REFERENCE
-from sim.calibrate import _by_shape, describe
+from sim.calibrate import Bench, Shape, _by_shape, describe, levelled
 from sim.cost.linear import FEATURES, FORMAT, PHASES, RAMPS, LinearCost
 from sim.cost.model import Batch
 
@@ -141,11 +145,18 @@ def test_errors_by_kind_come_from_fits_that_did_not_see_it() -> None:
     assert "left out, mixed" in text
 
 
-@given(items, st.integers(0, 19), st.integers(0, 100), st.integers(0, 50))
+@cache
+def fits() -> list[LinearCost]:
+    """Another machine's, one to noisy measurements, and one with every feature there is."""
+    every = {phase: {name: 1000.0 + i for i, name in enumerate(names)} for phase, names in PHASES.items()}
+    return [LinearCost.load(REFERENCE), LinearCost.fit(noisy(4, 3)[1], {}), LinearCost(every)]
+
+
+@given(st.integers(0, 2), items, st.integers(0, 19), st.integers(0, 100), st.integers(0, 50))
 def test_more_tokens_or_context_never_take_less_time(
-    work: list[tuple[int, int]], which: int, context: int, more: int
+    which_fit: int, work: list[tuple[int, int]], which: int, context: int, more: int
 ) -> None:
-    cost = LinearCost.load(REFERENCE)
+    cost = fits()[which_fit]
     index = which % len(work)
     start, tokens = work[index]
     if tokens == 1:
@@ -153,6 +164,76 @@ def test_more_tokens_or_context_never_take_less_time(
     grown = [*work[:index], (start + context, tokens + more), *work[index + 1 :]]
     assert cost.step_time(plan(grown)).total_ns >= cost.step_time(plan(work)).total_ns
     assert cost.step_time(plan([*work, (start, tokens)])).total_ns >= cost.step_time(plan(work)).total_ns
+
+
+@given(st.integers(0, 2), items, st.integers(2, 400), st.integers(0, 2000))
+def test_a_token_more_of_a_chunk_takes_no_more_than_a_tokens_coefficients(
+    which_fit: int, others: list[tuple[int, int]], tokens: int, start: int
+) -> None:
+    """Nothing jumps where a chunk ends, nor at any knot of the rows."""
+    cost = fits()[which_fit]
+    less, more = (cost.step_time(plan([*others, (start, n)])) for n in (tokens, tokens + 1))
+    terms = cost.coefficients["forward_ns"]
+    steepest = (
+        max((terms.get(name, 0.0) for name in (*RAMPS, "rows")), default=0.0)
+        + terms.get("rows_over_8", 0.0)
+        + terms.get("rows_over_32", 0.0)
+    )
+    pairs = (start + tokens + 1) * terms.get("prefill_pairs", 0.0) + terms.get("prefill_context", 0.0)
+    assert 0 <= more.forward_ns - less.forward_ns <= steepest + pairs + 1
+
+
+def test_ramps_are_the_rows_in_pieces() -> None:
+    for rows in (1, 2, 3, 8, 11, 12, 100, 128, 129, 5000):
+        batch = Batch(rows, 1, 1, 0, 0, 0, 0)
+        assert sum(FEATURES[name](batch) for name in RAMPS) == rows - 1
+
+
+def test_a_robust_fit_is_levelled_to_the_average_step() -> None:
+    """A third of the steps take half as long again: the usual step is met by the fit, the average after levelling."""
+    truth = LinearCost.load(REFERENCE)
+    batches = [Batch.of(plan([(c, 1)] * n)) for n in range(1, 31) for c in (50, 300)]
+
+    def took(batch: Batch, share: float) -> StepTiming:
+        timing = truth.price(batch)
+        return StepTiming(*(round(share * getattr(timing, phase)) for phase in PHASES))
+
+    steps = [(b, took(b, 1.5 if i % 3 == 0 else 1.0)) for i, b in enumerate(batches)]
+    level = levelled(truth, steps)
+    for phase in PHASES:
+        for name, value in truth.coefficients[phase].items():
+            assert level.coefficients[phase][name] == pytest.approx(value * 3.5 / 3, rel=1e-3)
+    stalled = [(batches[0], took(batches[0], 1000.0))] + [(b, took(b, 1.0)) for b in batches[1:]]
+    bound = levelled(truth, stalled).price(batches[5]).total_ns
+    assert bound == pytest.approx(truth.price(batches[5]).total_ns * 61 / 60, rel=1e-3)
+    assert levelled(truth, []).coefficients == truth.coefficients
+
+
+def test_decodes_are_measured_in_a_row_on_blocks_that_lie_apart() -> None:
+    seen: list[StepPlan] = []
+
+    class Counts:
+        capacity = Capacity(400, 16, 8192)
+
+        def execute(self, given: StepPlan) -> StepResult:
+            seen.append(given)
+            return StepResult((0,) * given.samples, 1, 10 * len(seen), 3)
+
+    bench = Bench(cast("Executor", Counts()))
+    bench.write()
+    assert {to for move in seen[0].copies for _, to in move.pairs} == set(range(1, 400))
+    found = bench.measure(Shape(4, 100))
+    introduced, *row = seen[1:]
+    assert len(introduced.new) == 4
+    assert [item.start for item in row[2].work] == [item.start + 2 for item in row[0].work]
+    blocks = [block for item in row[0].work for block in item.blocks]
+    assert len(set(blocks)) == len(blocks)
+    assert sum(b == a + 1 for a, b in pairwise(blocks)) < len(blocks) / 4
+    assert [timing.forward_ns for _, timing in found] == [40, 50]  # the first of the row isn't counted
+    assert [batch.decode_context for batch, _ in found] == [
+        sum(item.context for item in step.work) for step in row[1:]
+    ]
+    assert len(bench.measure(Shape(2, 50, ((0, 30),)))) == 1
 
 
 def test_a_calibration_survives_the_round_trip(tmp_path: Path) -> None:

@@ -123,6 +123,23 @@ def test_more_never_takes_less(made: Path, tokens: int, more: int, seqs: int, co
     assert decodes(seqs + more, context) >= decodes(seqs, context) * (1 - 1e-9)
 
 
+@given(st.integers(0, 9000), st.integers(2, 4000), st.integers(0, 4000))
+def test_more_context_before_a_chunk_never_takes_less(made: Path, start: int, tokens: int, more: int) -> None:
+    tables = model_of(made)
+    before, after = (tables.step_cost(plan([(at, tokens)])).total for at in (start, start + more))
+    assert after >= before * (1 - 1e-9)
+
+
+@given(st.integers(0, 9000), st.integers(1, 4000), batches)
+def test_time_is_continuous_where_a_chunk_ends(made: Path, start: int, tokens: int, others: Items) -> None:
+    """A token more costs some tokens' work, and at most a launch where a decode becomes a chunk."""
+    tables = model_of(made)
+    less, more = (tables.step_cost(plan([*others, (start, n)])).total for n in (tokens, tokens + 1))
+    each = 2 * tables.shape.parameters / H100.peak("bfloat16") + 32 * (start + tokens) * tables.token_s
+    launches = 32 * tables.kernels.context(1) if tokens == 1 else 0.0  # type: ignore[misc]
+    assert abs(more - less) <= 10 * each + 2 * launches
+
+
 def test_chunks_of_a_prompt_take_what_the_prompt_takes(made: Path) -> None:
     """The same pairs, however they are cut: at the table's own points, where nothing is interpolated."""
     tables = model_of(made)

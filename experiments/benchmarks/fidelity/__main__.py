@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.benchmarks.fidelity import ablations, gate, kernels, vllm_run
 from experiments.benchmarks.fidelity.workloads import Named, offered
 from lab.cli import guarded
 from lab.control.request import Request
 from lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.fidelity.own import Setup
 
 ROOT = Path(__file__).resolve().parents[3]
 PARTS = ("run", "kernels", "ablations", "own")
@@ -29,6 +32,7 @@ OPTIONS = {
     "seconds": "own: measure for so long, then stop; call again to go on",
     "baseline": "the errors to hold against (experiments/baselines/fidelity.json)",
     "out": "write everything as JSON here",
+    "markdown": "write the tables of docs/fidelity.md here",
     "pictures": "draw the figures into this folder",
 }
 AZURE = Named(
@@ -62,23 +66,29 @@ def deterministic(root: Path, parts: Sequence[str] = PARTS, *, control: bool = T
 
 def own(options: dict[str, str], root: Path) -> dict[str, Any] | None:
     """Measure what is missing and, when nothing is, predict it. None: not finished yet."""
-    from experiments.benchmarks.fidelity.own import Setup, measure
+    from experiments.benchmarks.fidelity.own import measure
     from experiments.benchmarks.fidelity.prediction import compare
+
+    setup = _setup(options, root)
+    if not measure(setup, float(options.get("seconds", "inf"))):
+        return None
+    found = compare(setup)
+    (setup.directory / "own.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _setup(options: dict[str, str], root: Path) -> Setup:
+    from experiments.benchmarks.fidelity.own import Setup
 
     numbers = {key: int(options[key]) for key in ("count", "repeats", "threads", "scale") if key in options}
     traces = root / "traces"
-    setup = Setup(
+    return Setup(
         Path(options.get("dir", "runs/fidelity")),
         model=options.get("model", "smollm2"),
         traces=traces if traces.is_dir() else None,
         only=options.get("only", ""),
         **numbers,
     )
-    if not measure(setup, float(options.get("seconds", "inf"))):
-        return None
-    found = compare(setup)
-    (setup.directory / "own.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
 
 
 def main(words: Sequence[str]) -> int:
@@ -105,6 +115,10 @@ def main(words: Sequence[str]) -> int:
     _say(found)
     if "out" in options:
         Path(options["out"]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if "markdown" in options:
+        from experiments.benchmarks.fidelity.markdown import tables
+
+        Path(options["markdown"]).write_text(tables(found), encoding="utf-8")
     if "pictures" in options:
         _draw(found, root, options)
     baseline = Path(options.get("baseline", ROOT / gate.FILE))
@@ -141,6 +155,22 @@ def _draw(found: dict[str, Any], root: Path, options: dict[str, str]) -> None:
         pictures.ablations(found["ablations"], out)
     if "own" in found:
         pictures.errors(found["own"], out)
+        pictures.timelines(*_pair(options, found["own"]["workloads"], root), out)
+
+
+def _pair(options: dict[str, str], workloads: Sequence[str], root: Path) -> tuple[Any, Any, str]:
+    """(a real run, its prediction, its name) for the picture of one workload: the starved one where it is there."""
+    import tempfile
+
+    from experiments.benchmarks.fidelity.own import simulate
+
+    setup = _setup(options, root)
+    name = "little KV" if "little KV" in workloads else list(workloads)[-1]
+    workload = next(w for w in setup.workloads() if w.name == name)
+    with tempfile.TemporaryDirectory(prefix="diptych-fidelity-") as temporary:
+        sim = simulate(setup, setup.config(), setup.fit(), workload, Path(temporary) / "sim")
+        assert len(sim.steps)  # read before the directory is gone
+    return setup.ran(name)[0], sim, name
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Our own engine beside what is predicted of it: measuring, in pieces that can be interrupted.
 
-One directory holds everything: `fit.json` (the calibration), `real/WORKLOAD/REPEAT` (run directories), `drift.jsonl`
+One directory holds everything: `calibration-N.json`, `real/WORKLOAD/REPEAT` (run directories), `drift.jsonl`
 (two fixed batches before each run, which say what the machine was like just then). What is there isn't measured again.
 Repeats go round all workloads, so that a slow minute spoils one repeat of several rather than all of one.
 """
@@ -25,7 +25,8 @@ from lab.console import Console
 from lab.control.request import Request
 from lab.control.step import Limits
 from lab.session import Side, run_side
-from sim.calibrate import Bench, Shape, calibrate
+from sim.calibrate import Bench, Measured, Shape, fit
+from sim.calibrate import measure as grid_of
 from sim.cost.linear import LinearCost
 
 SENTINELS = (Shape(16, 256), Shape(chunks=((0, 128),)))
@@ -85,8 +86,18 @@ class Setup:
         metrics = load(self.real(workload, 0)).metrics
         return float(metrics["throughput"]["requests_per_s"])
 
+    def calibration(self, repeat: int) -> Path:
+        return self.directory / f"calibration-{repeat}.json"
+
     def fit(self) -> LinearCost:
-        return LinearCost.load(self.directory / "fit.json")
+        """To all calibrations together: one a repeat, since no two moments of a machine are alike."""
+        found, about = None, {}
+        for repeat in range(self.repeats):
+            body = json.loads(self.calibration(repeat).read_text(encoding="utf-8"))
+            measured, about = Measured.from_json(json.dumps(body)), body["about"]
+            found = measured if found is None else found.and_again(measured)
+        assert found is not None
+        return fit(found, about)
 
 
 def measure(setup: Setup, seconds: float) -> bool:
@@ -115,9 +126,12 @@ Unit = Callable[[Config, Any], None]
 
 
 def _missing(setup: Setup) -> Iterator[tuple[str, Unit]]:
-    if not (setup.directory / "fit.json").is_file():
-        yield "calibration", lambda cfg, backend: _calibrate(setup, cfg, backend)
     for repeat in range(setup.repeats):
+        if not setup.calibration(repeat).is_file():
+            yield (
+                f"calibration {repeat}",
+                lambda cfg, backend, r=repeat: _calibrate(setup, cfg, backend, r),  # type: ignore[misc]
+            )
         for workload in setup.workloads():
             if not (setup.real(workload.name, repeat) / "metrics.json").is_file():
                 yield (
@@ -128,26 +142,28 @@ def _missing(setup: Setup) -> Iterator[tuple[str, Unit]]:
 
 def _warm(backend: Any) -> None:
     bench = Bench(backend.executor)
+    bench.write()  # or the first to use a block would pay for its memory
     for _ in range(3):
         for shape in SENTINELS:
             bench.measure(shape)
     bench.finish()
 
 
-def _calibrate(setup: Setup, cfg: Config, backend: Any) -> None:
+def _calibrate(setup: Setup, cfg: Config, backend: Any, repeat: int) -> None:
     about = {**backend.about, "capacity": dataclasses.asdict(backend.capacity)}
     limits = Limits(cfg.engine.token_budget, cfg.engine.max_seqs)
     policy, eviction = plugins.create("policy", "vllm_v1"), plugins.create("eviction", "lru")
-    cost = calibrate(backend.executor, policy, eviction, limits, about=about, repeats=5)
+    measured = grid_of(backend.executor, policy, eviction, limits)
     setup.directory.mkdir(parents=True, exist_ok=True)
-    (setup.directory / "fit.json").write_text(cost.to_json(), encoding="utf-8")
+    body = {**json.loads(measured.to_json()), "about": about}
+    setup.calibration(repeat).write_text(json.dumps(body) + "\n", encoding="utf-8")
 
 
 def _run(setup: Setup, cfg: Config, backend: Any, workload: Named, repeat: int) -> None:
     """One repeat, on the blocks that the workload asks for."""
     bench = Bench(backend.executor)
     took = {
-        shape.label(): statistics.median(bench.measure(shape)[1].duration_ns for _ in range(7))
+        shape.label(): statistics.median(bench.measure(shape)[0][1].execute_ns for _ in range(7))
         for shape in SENTINELS
     }
     bench.finish()

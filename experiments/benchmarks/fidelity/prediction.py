@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from experiments.benchmarks.fidelity.own import Setup, simulate
 from lab.analysis.frames import scalars
 from lab.analysis.runs import Run
 from lab.diff import compare as difference
+from sim.cost.linear import LinearCost
 
 METRICS = {
     **{
@@ -29,20 +31,18 @@ TARGETS = {"E2E mean": 3.0, "TPOT mean": 3.0, "TTFT p50": 5.0, "TTFT p99": 10.0}
 SPLIT = {"e2e_ms.mean": "E2E mean", "ttft_ms.mean": "TTFT mean", "tpot_ms.mean": "TPOT mean"}
 
 
-def compare(setup: Setup) -> dict[str, Any]:
-    """Every workload that was measured: predicted by the fit, which saw none of them."""
-    cfg, cost = setup.config(), setup.fit()
+def compare(setup: Setup, cost: LinearCost | None = None) -> dict[str, Any]:
+    """Every workload that was measured, predicted by the fit (or by `cost`), which saw none of them."""
+    cfg, cost = setup.config(), cost or setup.fit()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="diptych-fidelity-") as temporary:
         for number, workload in enumerate(setup.workloads()):
             reals = setup.ran(workload.name)
             if not reals:
                 continue
-            sim = simulate(setup, cfg, cost, workload, Path(temporary) / str(number))
-            found[workload.name] = _row(reals, sim) | {"beyond_the_grid": cost.account()}
-            for counted in (cost.outside, cost.steps):
-                counted.clear()
-            cost.steps.append(0)
+            mine = replace(cost)  # which counts for itself
+            sim = simulate(setup, cfg, mine, workload, Path(temporary) / str(number))
+            found[workload.name] = _row(reals, sim) | {"beyond_the_grid": mine.account()}
     return {
         "model": setup.model,
         "threads": setup.threads,
@@ -50,27 +50,27 @@ def compare(setup: Setup) -> dict[str, Any]:
         "repeats": setup.repeats,
         "machine": cost.measured_on.get("cpu", ""),
         "attention": cost.measured_on.get("attention", ""),
-        "calibration": cost.measured_on["quality"],
+        "calibration": cost.measured_on.get("quality", {}),
         "drift_pct": drift(setup),
         "workloads": found,
     }
 
 
 def _row(reals: Sequence[Run], sim: Run) -> dict[str, Any]:
-    """Errors against the mean of the repeats; `spread`: how far those lie apart, from least to most."""
+    """Errors against the median of the repeats; `spread`: how far those lie apart, from least to most."""
     ours, theirs = scalars(sim.metrics), [scalars(run.metrics) for run in reals]
     errors, spread, values = {}, {}, {}
     for name, key in METRICS.items():
         measured = [run[key] for run in theirs if key in run]
         if key not in ours or not measured:
             continue
-        middle = statistics.fmean(measured)
+        middle = statistics.median(measured)
         errors[name] = 100 * (ours[key] / middle - 1)
         spread[name] = 100 * (max(measured) - min(measured)) / middle
         values[name] = [middle, ours[key]]
     for name, (key, factor) in COUNTS.items():
         measured = [factor * run.get(key, 0.0) for run in theirs]
-        middle = statistics.fmean(measured)
+        middle = statistics.median(measured)
         errors[name] = factor * ours.get(key, 0.0) - middle
         spread[name] = max(measured) - min(measured)
         values[name] = [middle, factor * ours.get(key, 0.0)]
