@@ -55,6 +55,7 @@ class TablesCost(PhysicalCost):
     ) -> None:
         super().__init__(shape, hardware, coefficients, parallel, graph_sizes)
         self.kernels = kernels
+        self._context = None if kernels.context is None else kernels.context.convex()
         self.steps = 0
         """Steps that were asked for."""
         self.outside: Counter[str] = Counter()
@@ -89,7 +90,7 @@ class TablesCost(PhysicalCost):
         """
         bound, bound_tokens = super().attention(decodes, items)
         kernels = self.kernels
-        context, generation = kernels.context, kernels.generation
+        context, generation = self._context, kernels.generation
         chunks = tokens = 0.0
         for kind in self.shape.kinds:
             window = kind.window or 1 << 60

@@ -217,6 +217,24 @@ def test_a_curve_rises_and_stays_above_its_floor(points: dict[float, float], x: 
         assert curve(x) >= x / 100 - 1e-9
 
 
+def test_a_convex_curve_meets_one_that_is_and_shares_slopes_that_fall() -> None:
+    square = {float(x): float(x * x) for x in (1, 2, 5, 9, 30)}
+    assert Curve(square, lambda x: 0.0).convex().ys == pytest.approx(list(square.values()))
+    dented = Curve({0.0: 0.0, 1.0: 2.0, 3.0: 3.0, 4.0: 9.0}, lambda x: 0.0).convex()
+    assert dented.ys == pytest.approx([0, 1, 3, 9])
+
+
+@given(
+    st.dictionaries(st.integers(0, 50), st.floats(0, 100), min_size=1), st.integers(0, 60), st.integers(0, 9)
+)
+def test_a_convex_curve_is_convex(points: dict[int, float], x: int, step: int) -> None:
+    curve = Curve({float(at): y for at, y in points.items()}, lambda x: 0.0).convex()
+    least, most = curve.xs[0], curve.end
+    a, b, c = (min(max(at, least), most) for at in (x, x + step, x + 2 * step))
+    if b - a == c - b:
+        assert curve(c) - curve(b) >= curve(b) - curve(a) - 1e-6
+
+
 def test_a_surface_meets_its_points() -> None:
     points = {(b, c): b * c * 2.0 for b in (1, 4) for c in (10, 100)}
     surface = Surface({(float(b), float(c)): took for (b, c), took in points.items()}, lambda b, c: b * c)
