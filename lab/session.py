@@ -22,6 +22,7 @@ from lab.control.core import EngineCore
 from lab.control.observer import FleetEvent, Observer, Observers, RequestRecord, StepRecord
 from lab.control.request import Request
 from lab.errors import DiptychError, RunError
+from lab.live import Watch
 from lab.observe.environment import environment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.logs import JsonLog
@@ -30,9 +31,6 @@ from lab.observe.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from lab.observe.stream import Stream
-
-SHOW_EVERY = 4
-"""Steps between two looks at the progress display."""
 
 
 @dataclass(frozen=True)
@@ -238,20 +236,12 @@ def _drive(
     total = len(side.requests)
     label = {"real": "Real engine", "sim": "Simulator"}[side.backend.name]
     with contextlib.ExitStack() as stack:
-        update = stack.enter_context(console.progress(label, total)) if console is not None else None
+        view = stack.enter_context(console.live(label, total)) if console is not None else None
+        watch = Watch(control, recorder, total)
 
         def progress(core: EngineCore, now: int) -> None:
-            if update is None:
-                return
-            if not isinstance(recorder, Recorder):
-                update(recorder.ended, f"{now / 1e9:.1f} s")
-                return
-            steps = len(recorder.steps)
-            if steps and steps % SHOW_EVERY == 0:
-                last = recorder.steps[-1]
-                kv = 100 * last.blocks_held / control.core.pool.total
-                note = f"step {steps}, {last.running} running, {last.waiting} waiting, KV {kv:.0f} %"
-                update(len(recorder.requests), f"{note}, {now / 1e9:.1f} s")
+            if view is not None and view.due():
+                view.show(watch.look(now))
 
         drive = side.backend.drive(control, side.requests, progress)
         try:
@@ -267,9 +257,11 @@ def _drive(
             signals.saving()
             log.ending = True
             control.fleet.close(drive.now)
-        if update is not None:
-            steps = control.core.steps if not isinstance(recorder, Recorder) else len(recorder.steps)
-            update(total, f"{steps} steps, {drive.now / 1e9:.1f} s of run time")
+        if console is not None:
+            seen = watch.look(drive.now)
+            console.say(
+                f"{label}: {total} requests in {seen.steps} steps, {seen.now / 1e9:.1f} s of run time"
+            )
     return None
 
 

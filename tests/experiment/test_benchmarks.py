@@ -43,3 +43,18 @@ def test_the_compression_benchmark_gives_a_table_and_a_picture(tmp_path: Path) -
     assert [row["kv_mib"] * 1024 for row in rows] == [17 * 8, 24, 24, 24]
     assert rows[0]["perplexity"] not in [row["perplexity"] for row in rows[1:]]
     assert (tmp_path / "out" / "kv_compression.png").stat().st_size > 10_000
+
+
+def test_the_export_benchmark_prints_seconds_and_the_ratio_to_the_sdk(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "benchmarks" / "exporting.py", "4000"],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for what in ("OTLP file", "Perfetto timeline", "OTLP messages"):
+        assert re.search(rf"{what} +[0-9.]+ s +[0-9.]+ us and +[0-9]+ bytes a span", done.stdout), done.stdout
+    found = re.search(r"([0-9.]+) times as long as the messages, ([0-9.]+) times the file", done.stdout)
+    assert found, done.stdout
+    assert float(found[1]) > 1
