@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lab.analysis.diff import Diff
+    from lab.analysis.frames import RunLike
     from lab.analysis.runs import Run
 
 RESIMULATE = "sim.backend:resimulate"
@@ -44,14 +45,12 @@ def compare(
 ) -> Diff:
     """The difference of two runs, with b re-simulated on a's durations where that can be done.
 
-    `replay` is where the re-simulated run goes (default: a temporary directory). Where it can't be done, one
+    `replay` is a directory for the re-simulated run, if it is to be kept. Where it can't be done, one
     line on stderr says why and the difference comes without a counterfactual. Partial runs, different workloads,
     and runs that executed recorded plans aren't re-simulated: the verdict says so. Where the decisions part even so,
     a is re-simulated on b's durations too, and each error is split in both orders. Several runs a side: the first
     pair is re-simulated.
     """
-    import tempfile
-
     from lab.analysis.diff import diff
     from lab.analysis.runs import Run
     from lab.analysis.scope import scope
@@ -62,28 +61,26 @@ def compare(
     kept = all((run.config.get("run") or {}).get("record", "everything") == "everything" for run in first)
     if not resimulate or executed or not kept or not scope(left, right).whole:
         return diff(a, b, noise=noise)
-    with tempfile.TemporaryDirectory(prefix="diptych-replay-") as temporary:
-        again = _resimulated(left, right, replay or Path(temporary) / "replay")
-        exchanged = None
-        if again is not None and not _same_decisions(left, again):
-            exchanged = _resimulated(right, left, Path(temporary) / "exchanged", "requests")
-        return diff(a, b, again, exchanged=exchanged, noise=noise)
+    again, exchanged = _resimulated(left, right, replay), None
+    if again is not None and not _same_decisions(left, again):
+        exchanged = _resimulated(right, left)
+    return diff(a, b, again, exchanged=exchanged, noise=noise)
 
 
-def _same_decisions(a: Run, b: Run) -> bool:
+def _same_decisions(a: RunLike, b: RunLike) -> bool:
     columns = ["replica", "step", "digest"]
     left, right = (run.steps[columns].sort_values(columns[:2]).reset_index(drop=True) for run in (a, b))
     return bool(left.equals(right))
 
 
-def _resimulated(a: Run, b: Run, out: Path, record: str = "everything") -> Run | None:
-    """b's rules with a's durations; `record` is how much is kept of it."""
+def _resimulated(a: Run, b: Run, out: Path | None = None) -> RunLike | None:
+    """b's rules with a's durations."""
     import importlib
 
     module, _, function = RESIMULATE.partition(":")
     try:
         hook = getattr(importlib.import_module(module), function)
-        run: Run = hook(b, a, out, record)
+        run: RunLike = hook(b, a, out)
     except (ImportError, DiptychError) as error:
         print(f"not re-simulated, so duration and decision error stay together: {error}", file=sys.stderr)
         return None
@@ -120,13 +117,15 @@ def command(arguments: argparse.Namespace) -> None:
     from lab.analysis.report import write_report
     from lab.analysis.runs import load
     from lab.analysis.table import show
+    from lab.session import collector_at_rest
 
     a, b = load_side(arguments.reference), load_side(arguments.candidate)
     if (backend(a[0]), backend(b[0])) == ("sim", "real"):
         a, b = b, a
     noise = [load(path) for path in arguments.noise]
-    result = compare(a, b, resimulate=not arguments.no_resimulate, noise=noise)
-    show(result)
+    with collector_at_rest():
+        result = compare(a, b, resimulate=not arguments.no_resimulate, noise=noise)
+    show(result, verdict_first=True)
     show_details(result)
     if arguments.json:
         result.write(arguments.json)

@@ -137,6 +137,19 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
     return Ran(directory.path, recorder, info)
 
 
+def keep_side(side: Side) -> Recorder:
+    """Run to the end and write nothing. Raises what ends it early."""
+    recorder = Recorder()
+    control = assemble(
+        side.spec, side.backend.capacity, recorder, side.requests, aggregate=side.backend.name == "sim"
+    )
+    drive = side.backend.drive(control, side.requests, lambda core, now: None)
+    with collector_at_rest():
+        drive.run()
+    control.fleet.close(drive.now)
+    return recorder
+
+
 def _run_streaming(
     side: Side,
     directory: RunDirectory,

@@ -32,6 +32,7 @@ from sim.driver import Simulation
 from sim.executor import Output, SimExecutor
 
 if TYPE_CHECKING:
+    from lab.analysis.frames import RunLike
     from lab.analysis.runs import Run
 
 REFERENCE = Path(__file__).parent / "cost" / "reference.json"
@@ -187,8 +188,8 @@ def _described_capacity(cfg: Config, cost: PhysicalCost) -> Capacity:
 
 def recorded_cost(run: Run) -> RecordedCost:
     """The durations of a recorded run as a cost model."""
-    shape = run.steps[["prefill_tokens", "decode_tokens", "context_tokens"]]
-    return RecordedCost(run.steps["digest"].tolist(), run.timings(), shape.to_numpy())
+    digests, *shapes = run.step_columns("digest", "prefill_tokens", "decode_tokens", "context_tokens")
+    return RecordedCost(digests, run.timings(), list(zip(*shapes, strict=True)))
 
 
 def recorded_capacity(run: Run) -> Capacity:
@@ -204,18 +205,17 @@ def recorded_outputs(run: Run) -> dict[RequestId, Output]:
     return {record.request.id: (record.output, record.reason == "stop") for record in run.request_records()}
 
 
-def resimulate(run_b: Run, run_a: Run, out: Path, record: str = "everything") -> Run:
-    """Run b's workload, configuration and policies with a's step durations, into run directory `out`.
-
-    `record` is how much is kept of it (`lab.config.RECORD`).
+def resimulate(run_b: Run, run_a: Run, out: Path | None) -> RunLike:
+    """Run b's workload, configuration and policies with a's step durations; into run directory `out` if there is one.
 
     With b = a (or equal in all but durations) this is the parity test: the plan digests must be a's. Where outputs
     weren't forced, b's own tokens and ends are used again: they are what its decisions followed.
     """
     import yaml
 
+    from lab.analysis.kept import Kept
     from lab.analysis.runs import load
-    from lab.session import Side, run_side
+    from lab.session import Side, keep_side, run_side
 
     config = dict(run_b.config)
     capacity = recorded_capacity(run_b)
@@ -233,8 +233,9 @@ def resimulate(run_b: Run, run_a: Run, out: Path, record: str = "everything") ->
         requests=run_b.workload(),
         config_text=yaml.safe_dump({**config, "backend": "sim"}, sort_keys=False),
         model=str(config.get("model", {}).get("name", "")),
-        record=record,
     )
+    if out is None:
+        return Kept(keep_side(side), config, capacity.block_size)
     run_side(side, out, None)
     return load(out)
 

@@ -143,16 +143,17 @@ def rule(found: dict[str, Any], keys: tuple[str, str], labels: tuple[str, str]) 
             x, y = starts
             return f"the prefix cache: it supplied {x} tokens of {request} in {labels[0]}, {y} in {labels[1]}"
     totals = [sum(item["tokens"] for item in side["work"]) for side in sides]
-    budgets = [side["limits"]["token_budget"] for side in sides]
-    if totals[0] != totals[1] and any(t == b for t, b in zip(totals, budgets, strict=True)):
+    if _bound(totals, [side["limits"]["token_budget"] for side in sides], [s["most_tokens"] for s in sides]):
         return f"the step's token budget: {labels[0]} took {totals[0]} tokens, {labels[1]} {totals[1]}"
     counts = [side["running"] for side in sides]
-    if counts[0] != counts[1] and any(
-        c == s["limits"]["max_seqs"] for c, s in zip(counts, sides, strict=True)
-    ):
+    if _bound(counts, [side["limits"]["max_seqs"] for side in sides], [s["most_running"] for s in sides]):
         return f"how many requests may run: {counts[0]} in {labels[0]}, {counts[1]} in {labels[1]}"
     if any(difference["work"][key] for key in keys):
         return "who goes first: the same requests were there and others were chosen"
+    firsts = [side["admitted"] for side in sides]
+    if sorted(firsts[0]) == sorted(firsts[1]) and firsts[0] != firsts[1]:
+        turn = next(i for i, (x, y) in enumerate(zip(*firsts, strict=True)) if x != y)
+        return f"who goes first: {firsts[0][turn]} in {labels[0]}, {firsts[1][turn]} in {labels[1]}"
     if difference["changed"]:
         return "how many tokens a request gets"
     if difference["order"]:
@@ -161,3 +162,11 @@ def rule(found: dict[str, Any], keys: tuple[str, str], labels: tuple[str, str]) 
         reused = any(side["blocks_cached"] or side["evicted"] for side in sides)
         return "which cached KV blocks are evicted" if reused else "which free KV blocks are taken"
     return ""
+
+
+def _bound(values: list[int], configured: list[int | None], most: list[int | None]) -> bool:
+    """Whether a limit kept the smaller of two values down: the configured one, or what its run never went beyond."""
+    if values[0] == values[1]:
+        return False
+    less = values.index(min(values))
+    return values[less] == most[less] or any(v == c for v, c in zip(values, configured, strict=True))

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from lab.analysis.around import limits, neighbours, queue_and_running, reasons
 from lab.analysis.frames import RunLike, items, table_of
+from lab.analysis.kept import Kept
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _STATE = ("running", "waiting", "blocks_free", "blocks_cached", "blocks_held", "evicted")
+
+AT_A_LIMIT = 3
+"""So many steps with exactly the most of a run show a limit."""
 
 MOST_REASONS = 8
 """Requests left out that are accounted for, on each side."""
@@ -102,10 +106,11 @@ def _step(run: RunLike, step: int, replica: int) -> dict[str, Any] | None:
     seen: dict[str, Any] = {"now_ns": int(row["start_ns"])} | {name: int(row[name]) for name in _STATE}
     seen["queue"], seen["running_set"] = queue_and_running(run, seen["now_ns"], replica)
     seen["limits"] = limits(run)
-    recorded = table_of(run, "plans", ["step", "replica"])
-    plans = recorded[recorded["step"] == step]
-    if "replica" in plans:
-        plans = plans[plans["replica"] == replica]
+    seen["most_tokens"], seen["most_running"] = (
+        _most(counts)
+        for counts in (run.steps["prefill_tokens"] + run.steps["decode_tokens"], run.steps["running"])
+    )
+    plans = _plan(run, step, replica)
     if plans.empty:
         return seen | {"work": [], "admitted": [], "preempted": [], "rejected": []}
     plan = plans.iloc[0]
@@ -123,6 +128,21 @@ def _step(run: RunLike, step: int, replica: int) -> dict[str, Any] | None:
     for field in ("admitted", "preempted", "rejected"):
         seen[field] = [str(request) for request in items(plan[field])]
     return seen
+
+
+def _most(counts: pd.Series[int]) -> int | None:
+    """What no step went beyond and some reached: a limit, whatever the configuration says. None if few reached it."""
+    top = int(counts.max())
+    return top if int((counts == top).sum()) >= AT_A_LIMIT else None
+
+
+def _plan(run: RunLike, step: int, replica: int) -> pd.DataFrame:
+    """The row of `plans`, or none."""
+    if isinstance(run, Kept):
+        return run.plan(step, replica)
+    recorded = table_of(run, "plans", ["step", "replica"])
+    plans = recorded[recorded["step"] == step]
+    return plans[plans["replica"] == replica] if "replica" in plans else plans
 
 
 def _only(left: list[str], right: list[str], keys: tuple[str, str]) -> dict[str, list[str]]:

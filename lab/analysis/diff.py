@@ -43,13 +43,19 @@ HEADLINES = (
 )
 """Metrics whose error is split into duration and decision."""
 
+ENOUGH_STEPS = 20
+"""So many steps of the same work that took exactly the same time on both sides show one cost model."""
+
 _VOLATILE = ("run.", "backend")
 """Where a run lies and what executes it: differ by design, and stand in `keys` and `labels`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
-    """What `diff` found. `keys` name the sides in the mappings (`real`, `sim` or `a`, `b`), `labels` in print."""
+    """What `diff` found; its repr is the verdict.
+
+    `keys` name the sides in the mappings (`real`, `sim` or `a`, `b`), `labels` in print.
+    """
 
     keys: tuple[str, str]
     labels: tuple[str, str]
@@ -102,6 +108,20 @@ class Diff:
             for part in PARTS
             if part in ("queue", "prefill", "decode") or self.attribution["e2e"]["stages"][part]["share"]
         ]
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table as a DataFrame by name, as `--out` writes them. Columns end in their unit (`_ns`, `_ms`)."""
+        from lab.analysis.diff_tables import tables
+
+        return tables(self)
+
+    def __repr__(self) -> str:
+        from lab.analysis.verdict import verdict
+
+        return "\n".join(
+            [f"Diff({' -> '.join(self.labels)})", *(f"- {sentence}" for sentence in verdict(self))]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of diff.json: plain values, sorted keys, null where a number is undefined."""
@@ -190,6 +210,8 @@ def diff(
             None  # b's rules aren't those of its configuration: they were never run again
         )
     steps = residuals(left, right, aligned)
+    configuration = _configuration(left.config, right.config, keys)
+    alike = _same_durations(full, steps, configuration)
     distances = distance.summary(*both, *pieces) | {"decisions": distance.of_decisions(decisions, aligned)}
     pairs = [both, *(matched(x.requests, y.requests) for x, y in zip(many_a[1:], many_b[1:], strict=True))]
     return Diff(
@@ -212,13 +234,15 @@ def diff(
         spread=_spread(many_a, many_b),
         residuals=steps,
         terms=terms(steps),
-        counterfactual=None if resimulated is None else _counterfactual(left, right, resimulated, exchanged),
+        counterfactual=None
+        if resimulated is None
+        else _counterfactual(left, right, resimulated, exchanged, alike),
         parity=parity,
         replay_divergence=None if replayed is None else replayed["first_divergence"],
         distances=distances,
         noise=noise_floor([first_a, *noise], distances) if noise else None,
         measured=any(backend(run) == "real" for run in full),
-        configuration=_configuration(left.config, right.config, keys),
+        configuration=configuration,
         clocks=(skews(first_a), skews(first_b)),
     )
 
@@ -280,12 +304,26 @@ def _alignment(a: RunLike, b: RunLike, ids: pd.Index[Any], keys: tuple[str, str]
     }
 
 
-def _counterfactual(a: RunLike, b: RunLike, ab: RunLike, ba: RunLike | None) -> dict[str, dict[str, float]]:
+def _same_durations(
+    runs: tuple[RunLike, RunLike], steps: pd.DataFrame, configuration: Mapping[str, Any]
+) -> bool:
+    """Whether both runs were simulated with one cost model: as configured, and in every step that did the same work."""
+    told = any(key.partition(".")[0] in ("cost", "model", "mechanisms") for key in configuration)
+    simulated = all(backend(run) == "sim" for run in runs)
+    return simulated and not told and len(steps) >= ENOUGH_STEPS and not steps["residual_ns"].any()
+
+
+def _counterfactual(
+    a: RunLike, b: RunLike, ab: RunLike, ba: RunLike | None, alike: bool
+) -> dict[str, dict[str, float]]:
     """`ab` is b's decisions with a's durations, `ba` a's decisions with b's.
 
     Two factors, two orders of changing them; each factor gets the mean of what it does first and last (Shapley).
     Without `ba`, one order: durations are put right first, and what remains is decision. `interaction` is how far
     the two orders disagree: the part of the difference that takes both to change.
+
+    Of two runs with one cost model (`alike`) all of it is decision: after a divergence a re-simulation borrows
+    durations from steps of similar shape, and what that costs is no error of either run.
     """
     left, right, mixed = scalars(a.metrics), scalars(b.metrics), scalars(ab.metrics)
     other = None if ba is None else scalars(ba.metrics)
@@ -295,7 +333,9 @@ def _counterfactual(a: RunLike, b: RunLike, ab: RunLike, ba: RunLike | None) -> 
             continue
         m_a, m_b, m_ab = left[name], right[name], mixed[name]
         cell = {"total": m_b - m_a, "duration": m_b - m_ab, "decision": m_ab - m_a}
-        if other is not None and name in other:
+        if alike:
+            cell |= {"duration": 0.0, "decision": m_b - m_a}
+        elif other is not None and name in other:
             m_ba = other[name]
             cell |= {
                 "duration": ((m_b - m_ab) + (m_ba - m_a)) / 2,

@@ -175,8 +175,20 @@ class Run:
 
     def timings(self) -> list[StepTiming]:
         """Each step's durations, in order: what a replay runs on."""
-        columns = (self.steps[phase.name].tolist() for phase in fields(StepTiming))
+        columns = self.step_columns(*(phase.name for phase in fields(StepTiming)))
         return [StepTiming(*durations) for durations in zip(*columns, strict=True)]
+
+    def step_columns(self, *names: str) -> list[list[Any]]:
+        """These columns of `steps` as lists, without pandas: a simulation on recorded durations needs no more."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self._file("steps.parquet")
+        try:
+            table = pq.ParquetFile(path).read(columns=list(names))
+            return [table[name].to_pylist() for name in names]
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise RunError(f"can't read '{path}': {str(error).splitlines()[0]}") from error
 
     def step_plans(self) -> list[StepPlan]:
         """Each step's decisions, in order, as they were handed to the data plane."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lab.analysis.clocks import say, skews
 from lab.analysis.diff import Diff
 from lab.analysis.frames import RunLike, name, scalars
 from lab.analysis.verdict import percent, verdict
@@ -125,18 +126,25 @@ def run_table(run: RunLike, *, plain: bool = False) -> Table:
     return table
 
 
-def show(what: Diff | RunLike, file: TextIO | None = None) -> None:
+def show(what: Diff | RunLike, file: TextIO | None = None, *, verdict_first: bool = False) -> None:
     """Print a comparison with its verdict, or one run's table. Colour on a terminal only; plain text elsewhere."""
     console = _console(file or sys.stdout)
     plain = not console.is_terminal
     if isinstance(what, Diff):
-        console.print(comparison_table(what, plain=plain))
+        if not verdict_first:
+            console.print(comparison_table(what, plain=plain))
         for sentence in verdict(what):
             console.print(f"- {sentence}", markup=False, highlight=False)
+        if verdict_first:
+            console.print(comparison_table(what, plain=plain))
         return
     console.print(run_table(what, plain=plain))
     if what.partial:
         console.print("- Partial run: it ended early; the table covers what was recorded.", highlight=False)
+    engine = what.config.get("engine") or {}
+    if engine.get("tensor_parallel", 1) * engine.get("pipeline_parallel", 1) > 1:
+        for wrong in [skew for skew in skews(what) if skew.wrong]:
+            console.print(f"- Clock skew: {say(wrong)}.", markup=False, highlight=False)
 
 
 def _console(file: TextIO) -> Console:

@@ -46,6 +46,28 @@ def names(ids: list[str], most: int = 4) -> str:
     return head if len(ids) <= most else f"{head} and {len(ids) - most} more"
 
 
+def configured(diff: Diff) -> tuple[str, str]:
+    """What was set otherwise that decisions follow from, `policies` or `limits`, and the options with both values."""
+    told = diff.configuration.items()
+    for kind, options in (
+        ("policies", {key: cell for key, cell in told if key.partition(".")[0] in SEAMS}),
+        ("limits", {key: cell for key, cell in told if key.startswith(("engine.", "kv.", "fleet."))}),
+    ):
+        if options:
+            names_first = sorted(options, key=lambda key: (not key.endswith(".name"), key))
+            shown = [
+                f"{key} {' / '.join(_value(options[key][side]) for side in diff.keys)}"
+                for key in names_first[:3]
+            ]
+            more = len(options) - len(shown)
+            return kind, ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    return "", ""
+
+
+def _value(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
 def divergence(diff: Diff) -> str:
     """Why the decisions parted where they did, as one clause; empty when they did not."""
     found = diff.decisions["first_divergence"]
@@ -162,12 +184,8 @@ def cause(diff: Diff) -> str:
     ):
         clause = rule(found, diff.keys, diff.labels) if found is not None and found["difference"] else ""
         if clause and found is not None:
-            policies = [key for key in diff.configuration if key.partition(".")[0] in SEAMS]
-            what = (
-                f"the policies differ as configured ({names(policies)}), first in"
-                if policies
-                else "a rule differs:"
-            )
+            kind, told = configured(diff)
+            what = f"the {kind} differ as configured ({told}), first in" if told else "a rule differs:"
             said.append(f"{what} {clause} (step {found['step']}{when})")
             break
     if len(diff.terms):
@@ -235,7 +253,7 @@ def _decisions(diff: Diff) -> str:
     replica = diff.decisions["first_divergence"]["replica"]
     where = f" of replica {replica}" if diff.decisions["replicas"] > 1 else ""
     text = f"Decisions first diverged at step {step}{where} of {sizes}: {divergence(diff)}."
-    options = list(diff.configuration)
+    options = [] if configured(diff)[1] in cause(diff) else list(diff.configuration)
     return text + (f" Options that differ: {names(options)}." if options else "")
 
 
@@ -247,20 +265,28 @@ def _error(diff: Diff) -> str:
     delta = values[diff.keys[1]] - values[diff.keys[0]]
     if delta == 0 and diff.attribution["e2e"]["total_ms"] == 0 and diff.distances["interval_iou"] == 1.0:
         return "Every request took exactly the same time on both sides."
-    text = f"Mean E2E of {diff.labels[1]} is {delta:+.3f} ms off ({percent(values['error_pct'])})"
+    against = set(diff.keys) == {"real", "sim"}
+    noun = "error" if against else "difference"
+    a, b = diff.labels
+    size = f"{abs(delta):,.3f} ms {'longer' if delta > 0 else 'shorter'} than {a}'s"
+    text = f"Mean E2E of {b} is {size} ({percent(values['error_pct'])})"
     split = (diff.counterfactual or {}).get("e2e_ms.mean")
+    if split and not split["duration"] and split["decision"]:
+        return f"{text}, all of it from decisions: steps that did the same work took the same time."
+    if split and not split["decision"] and split["duration"]:
+        return f"{text}, all of it from step durations: with {a}'s durations nothing is left of it."
     if split:
         moved = abs(split["duration"]) + abs(split["decision"])
         shares = [100 * abs(split[part]) / moved if moved else 0.0 for part in ("duration", "decision")]
         return (
-            f"{text}: {split['duration']:+.3f} ms from step durations, {split['decision']:+.3f} ms from decisions "
-            f"({shares[0]:.0f} % / {shares[1]:.0f} % of the error)."
+            f"{text}: {split['duration']:+,.3f} ms from step durations, {split['decision']:+,.3f} ms from decisions "
+            f"({shares[0]:.0f} % / {shares[1]:.0f} % of the {noun})."
         )
     if diff.decisions["first_divergent_step"] is None:
         return f"{text}, all of it from durations, since the decisions are equal."
     if diff.replay_divergence is None and diff.parity:
-        return f"{text}; duration and decision error can't be separated: {diff.labels[1]}'s rules can't be had again."
-    return f"{text}; duration and decision error were not separated, because nothing was re-simulated."
+        return f"{text}; duration and decision can't be separated: {b}'s rules can't be had again."
+    return f"{text}; what of it is duration and what decision was not separated: nothing was re-simulated."
 
 
 def _stages(diff: Diff) -> str:
@@ -292,12 +318,9 @@ def _parity(diff: Diff) -> str:
         return (
             f"Parity holds: driven with {diff.labels[0]}'s durations, every plan digest comes out the same."
         )
-    policies = [key for key in diff.configuration if key.partition(".")[0] in SEAMS]
-    limits = [key for key in diff.configuration if key.startswith(("engine.", "kv.", "fleet."))]
-    if policies:
-        return f"Parity fails, as expected: the policies differ ({names(policies)})."
-    if limits:
-        return f"Parity fails, as expected: the limits differ ({names(limits)})."
+    kind, told = configured(diff)
+    if told:
+        return f"Parity fails, as expected: the {kind} differ ({told})."
     return (
         f"Parity fails: even with {diff.labels[0]}'s durations the decisions differ, "
         "so something other than time differs between the two sides."

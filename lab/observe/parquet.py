@@ -173,6 +173,14 @@ def write(path: Path, rows: Iterable[T], columns: Sequence[Column[T]]) -> int:
     return table.rows
 
 
+def in_memory(rows: Sequence[T], columns: Sequence[Column[T]]) -> Any:
+    """The rows as an Arrow table that no file has."""
+    import pyarrow as pa
+
+    kinds = [(name, _arrow(kind)) for name, kind, _ in columns]
+    return pa.table([[get(row) for row in rows] for _, _, get in columns], schema=pa.schema(kinds))
+
+
 def read(path: Path, columns: Sequence[Column[Any]]) -> list[dict[str, Any]]:
     """The rows of a table as dicts. Raises `RunError` when the file isn't that table."""
     import pyarrow as pa

@@ -8,30 +8,29 @@ own. The first step where that happens is `diverged_at`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lab.control.plan import StepPlan, StepTiming
 from lab.errors import ReplayError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class RecordedCost:
     """Durations by step. `shapes` are (prefill tokens, decode tokens, context tokens) of the recorded steps."""
 
     def __init__(
-        self,
-        digests: Sequence[str],
-        timings: Sequence[StepTiming],
-        shapes: Sequence[tuple[int, int, int]] | NDArray[Any],
+        self, digests: Sequence[str], timings: Sequence[StepTiming], shapes: Sequence[tuple[int, int, int]]
     ) -> None:
         if not digests:
             raise ReplayError("the recorded run has no steps to replay")
         self._timings = timings
         self._recorded = {digest: index for index, digest in enumerate(digests)}
-        self._shapes = np.log1p(np.asarray(shapes, dtype=np.float64).T)  # [3, steps]
-        self._found: dict[tuple[int, int, int], int] = {}
+        self._shapes = shapes
+        self._near: Nearest | None = None
         self.diverged_at: int | None = None
 
     def step_time(self, plan: StepPlan) -> StepTiming:
@@ -52,9 +51,35 @@ class RecordedCost:
         prefill = sum(work.tokens for work in items if work.tokens > 1)
         decode = steady.seqs + sum(work.tokens for work in items if work.tokens == 1)
         context = steady.context + sum(work.context for work in items)
-        shape = prefill, decode, context
-        if shape not in self._found:
-            here = np.log1p(shape)
-            distance = sum((column - value) ** 2 for column, value in zip(self._shapes, here, strict=True))
-            self._found[shape] = int(np.argmin(distance))
-        return self._found[shape]
+        if self._near is None:
+            self._near = Nearest(self._shapes)
+        return self._near(prefill, decode, context)
+
+
+class Nearest:
+    """Which recorded step is nearest to a shape: what a look at all of them would find, in logarithmic time."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        from scipy.spatial import KDTree
+
+        self._first: dict[tuple[int, int, int], int] = {}
+        for index, shape in enumerate(shapes):
+            self._first.setdefault(shape, index)
+        self._index: list[int] = list(self._first.values())
+        """Of each different shape, the earliest step: ascending."""
+        self._points: NDArray[np.float64] = np.log1p(
+            np.array(list(self._first), dtype=np.float64)
+        )  # [shapes, 3]
+        self._tree: Any = KDTree(self._points)
+
+    def __call__(self, prefill: int, decode: int, context: int) -> int:
+        known = self._first.get((prefill, decode, context))
+        if known is not None:
+            return known
+        here = np.log1p([prefill, decode, context])
+        (least, second), (place, _) = self._tree.query(here, k=2)
+        if second > least * (1 + 1e-9):
+            return int(self._index[place])
+        near = np.sort(self._tree.query_ball_point(here, least * (1 + 1e-9)))
+        distance = ((self._points[near] - here) ** 2).sum(axis=1)
+        return self._index[int(near[np.argmin(distance)])]

@@ -13,6 +13,7 @@ from lab.analysis import Diff, Run, load
 from lab.analysis.verdict import cause, verdict
 from lab.assembly import EngineSpec
 from lab.diff import compare
+from lab.diff import main as command
 from lab.experiment import main
 from lab.session import Side, run_side
 from sim.backend import REFERENCE, SimBackend, recorded_capacity
@@ -103,3 +104,85 @@ def test_a_reversed_tie_break_of_eviction_is_named(plain: Run, tmp_path: Path) -
 
     d = compare(plain, again(plain, tmp_path / "after", turned))
     assert "evicted" in first_words(d)
+
+
+def test_the_first_lines_of_the_command_name_it(
+    plain: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = again(plain, tmp_path / "after", lambda spec: replace(spec, prefix_cache=False))
+    capsys.readouterr()
+    assert command([str(plain.path), str(after.path)]) == 0
+    assert capsys.readouterr().out.startswith("- Cause: a rule differs: the prefix cache: it supplied ")
+
+
+OTHER = (
+    *("backend=sim", "cost=reference", "run.report=false", "trace=poisson", "trace.n=60", "trace.rate=14"),
+    *("trace.prefix_tokens=160", "trace.prefix_groups=4", "kv.blocks=150", "engine.max_seqs=6", "seed=5"),
+    *("trace.prompt.high=500", "trace.output.high=90"),
+)
+"""Shorter prompts, longer common beginnings, more load, fewer slots."""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("planted") / "busy"
+    assert main([*OTHER, f"run.dir={out}"]) == 0
+    return load(out)
+
+
+@pytest.mark.parametrize("factor", [0.15, 0.7, 1.5])
+@pytest.mark.parametrize(
+    ("term", "unit"), [("rows", "token"), ("step", "step"), ("prefill_pairs", "query-key pair of prefill")]
+)
+def test_whichever_term_is_scaled_is_named(
+    term: str, unit: str, factor: float, loaded: Run, tmp_path: Path
+) -> None:
+    true = LinearCost.load(REFERENCE)
+    forward = dict(true.coefficients["forward_ns"])
+    scaled = {**true.coefficients, "forward_ns": {**forward, term: forward[term] * factor}}
+    d = compare(loaded, again(loaded, tmp_path / "after", cost=LinearCost(scaled)))
+    assert f"forward time for each {unit}" in first_words(d)
+    assert d.terms.iloc[0]["delta_ns"] == pytest.approx((factor - 1) * forward[term], rel=1e-2)
+
+
+LIMITS: list[tuple[dict[str, int], str]] = [
+    ({"token_budget": 511}, "the step's token budget: busy took 512 tokens, after 511"),
+    ({"token_budget": 513}, "the step's token budget: busy took 512 tokens, after 513"),
+    ({"token_budget": 256}, "the step's token budget: busy took 323 tokens, after 256"),
+    ({"max_seqs": 5}, "how many requests may run: 6 in busy, 5 in after"),
+    ({"max_seqs": 7}, "how many requests may run: 6 in busy, 7 in after"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), LIMITS)
+def test_whichever_limit_is_off_is_named(
+    change: dict[str, int], said: str, loaded: Run, tmp_path: Path
+) -> None:
+    def turned(spec: EngineSpec) -> EngineSpec:
+        return replace(spec, limits=replace(spec.limits, **change))
+
+    assert said in first_words(compare(loaded, again(loaded, tmp_path / "after", turned)))
+
+
+@pytest.mark.parametrize("eviction", ["lru_head", "fifo", "lfu"])
+def test_another_order_of_eviction_is_named(eviction: str, loaded: Run, tmp_path: Path) -> None:
+    def turned(spec: EngineSpec) -> EngineSpec:
+        return replace(spec, policies={**spec.policies, "eviction": {"name": eviction}})
+
+    words = first_words(compare(loaded, again(loaded, tmp_path / "after", turned)))
+    assert "which cached KV blocks are evicted" in words or "the prefix cache: it supplied" in words
+
+
+def test_the_prefix_cache_is_named_under_load(loaded: Run, tmp_path: Path) -> None:
+    d = compare(loaded, again(loaded, tmp_path / "after", lambda spec: replace(spec, prefix_cache=False)))
+    assert "the prefix cache: it supplied" in first_words(d)
+
+
+def test_what_was_configured_otherwise_is_no_planted_rule(plain: Run, tmp_path: Path) -> None:
+    assert main([*WORDS, "policy=sjf", f"run.dir={tmp_path / 'sjf'}"]) == 0
+    d = compare(plain, load(tmp_path / "sjf"))
+    assert "the policies differ as configured (policy.name fcfs / sjf" in first_words(d)
+    assert d.counterfactual is not None
+    assert d.counterfactual["e2e_ms.mean"]["duration"] == 0  # one cost model: borrowed durations are no error
+    assert "all of it from decisions" in repr(d)
+    assert not any("something other than time" in sentence for sentence in verdict(d))

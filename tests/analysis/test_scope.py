@@ -141,8 +141,12 @@ def test_a_request_rejected_by_one_run_alone_is_no_other_workload() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("policy", {"name": "sjf", "window": 64}, "as expected: the policies differ (policy.name)"),
-        ("kv", {"blocks": 5, "block_size": 16}, "as expected: the limits differ (kv.blocks)"),
+        (
+            "policy",
+            {"name": "sjf", "window": 64},
+            "as expected: the policies differ (policy.name fcfs / sjf)",
+        ),
+        ("kv", {"blocks": 5, "block_size": 16}, "as expected: the limits differ (kv.blocks 200 / 5)"),
         ("note", "x", "something other than time differs"),
     ],
 )

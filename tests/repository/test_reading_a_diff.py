@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -55,11 +56,15 @@ def test_every_block_of_the_page_does_what_the_page_says(tmp_path: Path) -> None
             (tmp_path / name).write_text(text)
             printed = sh(f"python {name}").split()
             assert float(printed[0]) == pytest.approx(-84.366, abs=0.001)
+            assert "'residual_map'," in printed
         else:
             for line in text.strip().splitlines():
                 assert line in said, f"'{line}' is not in\n{said}"
                 quoted += 1
     assert quoted == 7
+    text = PAGE.read_text().partition("`diff.json` has these keys")[2]
+    told = {key for row in re.findall(r"^\| (`.*?) \|", text, re.M) for key in re.findall(r"`(\w+)`", row)}
+    assert told == set(json.loads((tmp_path / "difference" / "diff.json").read_text()))
     assert (tmp_path / "difference.html").stat().st_size > 100_000
     for name in ("attribution", "residuals"):
         kept = matplotlib.image.imread(ROOT / "docs" / "pictures" / f"diff-{name}.png")
