@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab import plugins
+from lab import plugins, topology
 from lab.config import SEAMS
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
@@ -38,17 +38,20 @@ class EngineSpec:
         """From a resolved configuration as plain data, such as a run directory's `config.yaml`."""
         try:
             engine, fleet = config["engine"], config["fleet"]
+            slots = topology.slots(config.get("topology", {}))
+            replicas = len(slots) or fleet["replicas"]
             return cls(
                 policies={seam: config[seam] for seam in SEAMS},
                 limits=Limits(engine["token_budget"], engine["max_seqs"], engine["chunk"]),
                 prefix_cache=config["kv"]["prefix_cache"],
                 seed=config["seed"],
                 fleet=FleetSpec(
-                    replicas=fleet["replicas"],
-                    most=fleet["most"] or fleet["replicas"],
+                    replicas=replicas,
+                    most=fleet["most"] or replicas,
                     cold_start=round(fleet["cold_start_s"] * 1e9),
                     refresh=round(fleet["refresh_ms"] * 1e6),
                     noise=fleet["noise"],
+                    roles=tuple(slot.role for slot in slots),
                 ),
                 joins_late=bool(config.get("mechanisms", {}).get("async_scheduling", False)),
             )
@@ -88,19 +91,22 @@ class ControlPlane:
 
 def assemble(
     spec: EngineSpec,
-    capacity: Capacity,
+    alike: Capacity,
     observer: Observer,
     requests: Sequence[Request] = (),
     *,
     aggregate: bool = False,
+    capacities: Sequence[Capacity] = (),
 ) -> ControlPlane:
-    """A gateway before replicas with `capacity` each; everything they do is told to `observer`.
+    """A gateway before replicas of capacity `alike`; everything they do is told to `observer`.
 
     `requests` are what is to come: only a bound such as Belady's may look at them. `aggregate`: see `EngineCore`.
+    `capacities`: of each replica of the topology, where they aren't alike.
     """
     gateways: list[Gateway] = []
 
-    def make(replica: int) -> EngineCore:
+    def make(replica: int, slot: int) -> EngineCore:
+        capacity = capacities[slot] if capacities else alike
         eviction = spec.create("eviction", replica)
         future = None
         if eviction.needs_future:

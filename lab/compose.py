@@ -29,8 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lab import config, plugins
 from lab.config import COSTS, DEFAULT_TRACE, MODELS, SEAMS, Config, ModelConfig, Origin
 from lab.errors import ConfigError, UnknownNameError
+from lab.topology import TOPOLOGIES
 
-GROUPS = (*SEAMS, "trace", "model", "cost")
+GROUPS = (*SEAMS, "trace", "model", "cost", "topology")
 _CHOICES = (*SEAMS, "trace")
 _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -43,13 +44,15 @@ class Composer:
         self._store = ConfigStore.instance()
         defaults: list[Any] = ["base_config"]
         defaults += [{group: name} for group, name in SEAMS.items()]
-        defaults += [{"trace": DEFAULT_TRACE}, {"model": "smollm2"}, {"cost": "fitted"}, "_self_"]
+        defaults += [{"trace": DEFAULT_TRACE}, {"model": "smollm2"}, {"cost": "fitted"}, {"topology": "single"}, "_self_"]
         self._store.store(name="base_config", node=Config)
         self._store.store(name="config", node={"defaults": defaults})
         for model, (_, node) in MODELS.items():
             self._store.store(group="model", name=model, node=node)
         for cost, (_, cost_node) in COSTS.items():
             self._store.store(group="cost", name=cost, node=cost_node)
+        for topology, (_, groups) in TOPOLOGIES.items():
+            self._store.store(group="topology", name=topology, node=groups)
         self._options = {group: plugins.names(group) for group in SEAMS} | {"trace": list(config.traces())}
         for group, names in self._options.items():
             for name in names:
@@ -139,9 +142,10 @@ class Composer:
 
     def _node(self, group: str, name: str) -> str:
         """The name under which Hydra finds what the user called `name`."""
-        if group == "cost":
-            if name not in COSTS:
-                raise UnknownNameError("cost", name, COSTS)
+        if group in ("cost", "topology"):
+            known: Mapping[str, Any] = COSTS if group == "cost" else TOPOLOGIES
+            if name not in known:
+                raise UnknownNameError(group, name, known)
             return name
         if group == "model":
             if name in MODELS:
@@ -172,7 +176,7 @@ class Composer:
         return str(node["name"])
 
     def _matching(self, group: str, glob: Glob) -> list[str]:
-        known = self._options | {"model": list(MODELS), "cost": list(COSTS)}
+        known = self._options | {"model": list(MODELS), "cost": list(COSTS), "topology": list(TOPOLOGIES)}
         names = list(glob.filter(known.get(group) or self._file_options(group)))
         if not names:
             raise ConfigError(f"no option of {group} matches the glob.")

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lab import plugins
+from lab import plugins, topology
 from lab.errors import ConfigError, UnknownNameError
+from lab.topology import TopologyConfig
 
 T = TypeVar("T")
 REQUIRED = "???"
@@ -282,6 +283,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -565,6 +567,8 @@ def _at_least(key: str, value: Any, least: int) -> None:
 
 def _fleet(cfg: Config) -> None:
     fleet = cfg.fleet
+    if cfg.topology.groups:
+        fleet = _grouped(cfg)
     _at_least("fleet.replicas", fleet.replicas, 1)
     if fleet.most is not None and fleet.most < fleet.replicas:
         raise ConfigError(f"fleet.most is {fleet.most}; expected at least fleet.replicas, {fleet.replicas}.")
@@ -586,11 +590,44 @@ def _fleet(cfg: Config) -> None:
             f"scaling={cfg.scaling.name} has nothing to scale: fleet.most is {fleet.most}; expected more than "
             f"fleet.replicas, {fleet.replicas}."
         )
-    if cfg.routing.name == SEAMS["routing"] and (fleet.most or fleet.replicas) > 1:
+    roles = [slot.role for slot in topology.slots(dataclasses.asdict(cfg.topology))]
+    to_choose = fleet.most or fleet.replicas
+    if topology.disaggregated(cfg.topology):
+        to_choose = max(roles.count("prefill"), roles.count("decode"))
+    if cfg.routing.name == SEAMS["routing"] and to_choose > 1:
         raise ConfigError(
             f"routing={cfg.routing.name} would leave all replicas but one idle; expected another, such as "
             "routing=round_robin."
         )
+
+
+def _grouped(cfg: Config) -> FleetConfig:
+    """The fleet that a topology's groups make, where they and the rest fit together."""
+    fleet, name = cfg.fleet, cfg.topology.name
+    topology.validate(cfg.topology, cfg.cost.name in SHAPED)
+    if cfg.backend != "sim":
+        raise ConfigError(
+            f"backend={cfg.backend} runs what is there, and topology={name} is a made one; expected backend=sim."
+        )
+    if fleet.replicas != 1:
+        raise ConfigError(
+            f"fleet.replicas is {fleet.replicas}, and topology={name} says how many there are; expected "
+            "topology.groups.GROUP.count."
+        )
+    if cfg.cost.name == "replay":
+        raise ConfigError(f"cost=replay is one recorded replica, and topology={name} asks for another fleet.")
+    count = sum(group.count for group in cfg.topology.groups.values())
+    if fleet.most is not None and len(cfg.topology.groups) > 1:
+        raise ConfigError(
+            f"fleet.most is {fleet.most}, and topology={name} has {len(cfg.topology.groups)} groups; expected one, "
+            "since nothing says which of them is to grow."
+        )
+    if topology.disaggregated(cfg.topology):
+        if cfg.sampling.n > 1:
+            raise ConfigError(f"sampling.n is {cfg.sampling.n}, and topology={name} moves requests of one output alone.")
+        if cfg.compression.name != SEAMS["compression"]:
+            raise ConfigError(f"compression={cfg.compression.name} changes KV that topology={name} has to move; expected none.")
+    return dataclasses.replace(fleet, replicas=count)
 
 
 def _ranks(cfg: Config) -> None:

@@ -538,6 +538,8 @@ class ReplicaView:
     """Prompt tokens of a request that this replica's prefix cache held at `as_of`."""
     estimate: Callable[[int, int, int], int] = _no_estimate
     """As `Step.estimate`, from this replica's steps: (prefill_tokens, decodes, context_tokens) -> ns."""
+    role: str = "mixed"
+    """`mixed`, or of a split fleet `prefill` or `decode`. Routing sees only those that do what is asked for."""
 
     @property
     def requests(self) -> int:

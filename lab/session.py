@@ -107,6 +107,7 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
                 Observers(recorder, log),
                 side.requests,
                 aggregate=backend.name == "sim",
+                capacities=getattr(backend, "capacities", ()),
             )
             began = time.perf_counter()
             ended = _drive(side, control, recorder, log, signals, console)
@@ -166,7 +167,12 @@ def _run_streaming(
     log.wants_steps = False
     try:
         control = assemble(
-            side.spec, capacity, Observers(stream, log), side.requests, aggregate=side.backend.name == "sim"
+            side.spec,
+            capacity,
+            Observers(stream, log),
+            side.requests,
+            aggregate=side.backend.name == "sim",
+            capacities=getattr(side.backend, "capacities", ()),
         )
         began = time.perf_counter()
         with collector_at_rest():

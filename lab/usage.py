@@ -28,6 +28,7 @@ from lab.config import (
     traces,
 )
 from lab.errors import DiptychError
+from lab.topology import TOPOLOGIES, GroupConfig, LinkConfig
 
 _ABOUT = {
     "policy": "who gets how many tokens of the next step; also module:Class or ./file.py:Class",
@@ -41,6 +42,7 @@ _ABOUT = {
     "trace": "the workload",
     "model": "what is served; also a local directory or a hub id (org/name)",
     "cost": "where simulated durations come from",
+    "topology": "which replicas the simulator has, and on what",
 }
 
 
@@ -49,7 +51,7 @@ def usage(prog: str, about: str, words: Sequence[str], config_dir: Path | None =
 
     `config_dir` is where `+experiment=NAME` would be looked for; it is offered where there are any.
     """
-    chosen = {**SEAMS, "trace": DEFAULT_TRACE, "model": "smollm2", "cost": "fitted"}
+    chosen = {**SEAMS, "trace": DEFAULT_TRACE, "model": "smollm2", "cost": "fitted", "topology": "single"}
     for word in words:
         key, _, value = word.partition("=")
         if key in chosen and value:
@@ -81,6 +83,9 @@ def usage(prog: str, about: str, words: Sequence[str], config_dir: Path | None =
         if item.name == "studies":
             if prepared:  # who defines studies needs a file of them
                 lines += _nested("studies.STUDY", StudyConfig(), {})
+        elif item.name == "topology":
+            lines += _nested("topology.groups.GROUP", GroupConfig(), {})
+            lines += _nested("topology.link", LinkConfig(), {})
         elif item.name in SEAMS or item.name == "trace":
             lines += _choice_options(item.name, chosen[item.name])
         elif dataclasses.is_dataclass(value):
@@ -100,6 +105,7 @@ def _choices() -> dict[str, dict[str, str]]:
     found["trace"] = {name: str(getattr(entry, "about", "")) for name, entry in traces().items()}
     found["model"] = {name: about for name, (about, _) in MODELS.items()}
     found["cost"] = {name: about for name, (about, _) in COSTS.items()}
+    found["topology"] = {name: about for name, (about, _) in TOPOLOGIES.items()}
     return found
 
 

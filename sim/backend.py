@@ -19,6 +19,7 @@ from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits
 from lab.errors import ConfigError, ModelError, ReplayError
+from lab.topology import GroupConfig
 from sim import hardware, model_shape
 from sim.capacity import RESERVED_GIB, blocks_that_fit
 from sim.cost.linear import FORMAT, LinearCost
@@ -58,14 +59,24 @@ class SimBackend:
         outputs: Mapping[RequestId, Output] | None = None,
         mechanisms: MechanismsConfig | None = None,
         console: Console | None = None,
+        replicas: Sequence[tuple[CostModel, Capacity]] = (),
     ) -> None:
+        """`replicas`: the topology's, in the order of their places, where it has groups."""
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
         self._mechanisms, self._console = mechanisms or MechanismsConfig(), console
-        timed: CostModel = cost if evidence == "replayed" else WithTransfers(cost, capacity)
+        self.executor = SimExecutor(self._timed(cost, capacity), capacity, outputs or {})
+        self.replicas = tuple(replicas)
+        self.capacities = tuple(capacity for _, capacity in replicas)
+        self._executors = tuple(
+            SimExecutor(self._timed(cost, capacity), capacity, outputs or {}) for cost, capacity in replicas
+        )
+
+    def _timed(self, cost: CostModel, capacity: Capacity) -> CostModel:
+        timed: CostModel = cost if self.evidence == "replayed" else WithTransfers(cost, capacity)
         if self._mechanisms.warmup:
             timed = WithWarmup(timed, self._mechanisms.warmup, self._mechanisms.warmup_steps)
-        self.executor = SimExecutor(timed, capacity, outputs or {})
+        return timed
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
         told = self._mechanisms
@@ -76,6 +87,7 @@ class SimBackend:
             progress,
             api_ns=round(told.api_ms * 1e6),
             measured_control=told.control == "measured",
+            executors=self._executors,
         )
 
     def account(self) -> dict[str, Any]:
@@ -125,7 +137,11 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
 
 def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
     """A device that needn't be there, described; and KV blocks as many as fit on it."""
-    cost = shaped_cost(cfg)
+    groups = [(group_config(cfg, group), group.count) for group in cfg.topology.groups.values()]
+    replicas: list[tuple[PhysicalCost, Capacity]] = []
+    for own, count in groups:
+        replicas += [(model := shaped_cost(own), _described_capacity(own, model))] * count
+    cost = replicas[0][0] if replicas else shaped_cost(cfg)
     capacity = beside.capacity if beside is not None else _described_capacity(cfg, cost)
     about = {
         "cost": cfg.cost.name,
@@ -136,7 +152,31 @@ def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend
         "model": cfg.model.name,
         "dtype": cost.shape.dtype,
     }
-    return SimBackend(cost, capacity, "modelled", about, mechanisms=cfg.mechanisms, console=console)
+    if replicas:
+        about["replicas"] = [
+            {"hardware": each.hardware.name, "parallel": asdict(each.parallel), "blocks": room.blocks}
+            for each, room in replicas
+        ]
+    return SimBackend(
+        cost, capacity, "modelled", about, mechanisms=cfg.mechanisms, console=console, replicas=replicas
+    )
+
+
+def group_config(cfg: Config, group: GroupConfig) -> Config:
+    """The configuration of one group's replicas: what it says of itself, else what `cost` says of all."""
+    own = {
+        "hardware": group.hardware,
+        "tensor_parallel": group.tp,
+        "pipeline_parallel": group.pp,
+        "microbatches": group.microbatches,
+    }
+    if group.hardware is not None and cfg.cost.name == "tables":
+        raise ConfigError(
+            f"hardware={group.hardware} of a replica group has no measured kernels: cost.tables are one device's; "
+            "expected cost=physical or roofline."
+        )
+    cost = replace(cfg.cost, **{key: value for key, value in own.items() if value is not None})
+    return replace(cfg, cost=cost)
 
 
 def shaped_cost(cfg: Config) -> PhysicalCost:

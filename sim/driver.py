@@ -68,13 +68,15 @@ class Simulation:
         *,
         api_ns: int = 0,
         measured_control: bool = False,
+        executors: Sequence[SimExecutor] = (),
     ) -> None:
         """`api_ns`: from a request's arrival until the gateway hears of it. `measured_control`: planning takes what it
-        takes here and now, and no two runs are equal."""
+        takes here and now, and no two runs are equal. `executors`: of each replica of a topology, where they aren't
+        alike."""
         self._env = Clock()
         self._api_ns, self._measured_control = api_ns, measured_control
         self._gateway, self._fleet = control.gateway, control.fleet
-        self._executor = executor
+        self._executor, self._executors = executor, executors
         self._requests = requests
         self._next = 0
         self._progress = progress
@@ -128,7 +130,8 @@ class Simulation:
 
     def _serve(self, core: EngineCore) -> None:
         # Executors keep what a run has told them, so replicas don't share one.
-        executor = self._executor if core.replica == 0 else self._executor.another()
+        alike = self._executors[self._fleet.slots[core.replica]] if self._executors else self._executor
+        executor = alike if core.replica == 0 else alike.another()
         self._serving += 1
         self._env.process(self._replica(core, executor))
 

@@ -31,6 +31,8 @@ class FleetSpec:
     """Views are taken anew when older than this many nanoseconds; 0: always current."""
     noise: float = 0.0
     """Log-standard deviation of the counts in views."""
+    roles: tuple[str, ...] = ()
+    """What the replicas of the beginning are there for, in their order (`lab.topology`); none: all are `mixed`."""
 
 
 class Fleet:
@@ -38,14 +40,17 @@ class Fleet:
 
     def __init__(
         self,
-        make: Callable[[int], EngineCore],
+        make: Callable[[int, int], EngineCore],
         scaling: ScalingPolicy,
         spec: FleetSpec,
         *,
         rng: random.Random | None = None,
         observer: Observer | None = None,
     ) -> None:
+        """`make` gets a replica's index, and its place in the topology (`slots`)."""
         self.spec, self.scaling = spec, scaling
+        self.slots: dict[int, int] = {}
+        """By index, a replica's place among those of the beginning; what is started later takes the place of one."""
         self._make, self._rng = make, rng or random.Random(0)
         self._observer = observer or Observer()
         self._ready: dict[int, EngineCore] = {}
@@ -61,7 +66,8 @@ class Fleet:
                 "expected nanoseconds, an integer above 0"
             )
         for _ in range(spec.replicas):
-            self._ready[self._next] = make(self._next)
+            self.slots[self._next] = self._next
+            self._ready[self._next] = self._make(self._next, self._next)
             self._tell(0, self._next, "ready", spec.replicas, "initial")
             self._next += 1
 
@@ -78,6 +84,10 @@ class Fleet:
     def ready(self, index: int) -> EngineCore | None:
         """The replica of this index, if requests may be sent there."""
         return self._ready.get(index)
+
+    def role(self, index: int) -> str:
+        """What a replica is there for."""
+        return self.spec.roles[self.slots[index]] if self.spec.roles else "mixed"
 
     def draining(self, index: int) -> bool:
         return index in self._draining
@@ -106,6 +116,8 @@ class Fleet:
 
     def _view(self, core: EngineCore, now: int) -> ReplicaView:
         view = core.view(now)
+        if self.spec.roles:
+            view = replace(view, role=self.role(view.index))
         if not self.spec.refresh:
             return view
         then = core.pool.keys()  # a copy: what the cache held when this view was taken
@@ -159,6 +171,7 @@ class Fleet:
                 self._changed(now, index, "recall", target, reason)
                 continue
             index, self._next = self._next, self._next + 1
+            self.slots[index] = 0
             self._starting[index] = now + self.spec.cold_start
             self._tell(now, index, "start", target, reason)
             started.append((index, self._starting[index]))
@@ -180,7 +193,7 @@ class Fleet:
         """A replica's cold start is over; None if it was called off meanwhile."""
         if self._starting.pop(index, None) is None:
             return None
-        self._ready[index] = self._make(index)
+        self._ready[index] = self._make(index, self.slots[index])
         self._changed(now, index, "ready", len(self._ready), "cold start over")
         return self._ready[index]
 

@@ -67,7 +67,7 @@ class Wants(ScalingPolicy):
 def a_fleet(scaling: ScalingPolicy | None = None, **spec: Any) -> tuple[Fleet, Told]:
     told = Told()
 
-    def make(index: int) -> EngineCore:
+    def make(index: int, slot: int) -> EngineCore:
         return EngineCore(
             Fcfs(), Lru(), capacity=Capacity(20, 4), limits=Limits(64, 4), observer=told, replica=index
         )

@@ -1,0 +1,170 @@
+"""What a fleet is made of: groups of equal replicas, what each group is there for, and the link between them.
+
+Control plane. A topology is data: `topology=NAME` picks one of `TOPOLOGIES`, and each value can be changed, as in
+`topology.groups.decode.count=3`. `slots` lists its replicas; the simulator says what each costs.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lab.errors import ConfigError
+
+ROLES = ("mixed", "prefill", "decode")
+MOST_DEVICES = 65_536
+
+
+def _option(default: Any, about: str) -> Any:
+    return field(default=default, metadata={"help": about})
+
+
+@dataclass
+class GroupConfig:
+    """Replicas that are alike."""
+
+    count: int = _option(1, "replicas")
+    role: str = _option("mixed", "mixed, prefill (up to the first token), decode (what follows)")
+    hardware: str | None = _option(None, "their device; null: cost.hardware")
+    tp: int | None = _option(None, "devices that share each layer; null: cost.tensor_parallel")
+    pp: int | None = _option(None, "runs of layers; null: cost.pipeline_parallel")
+    microbatches: int | None = _option(None, "parts a batch is cut into; null: cost.microbatches")
+    ep: int | None = _option(None, "devices that share out the experts, each with requests of its own; null: 1")
+    imbalance: float = _option(1.0, "ep: work of the busiest device's experts over the mean")
+
+
+@dataclass
+class LinkConfig:
+    """What KV moves over from prefill to decode replicas: one link for all of them."""
+
+    gb_s: float | None = _option(None, "bandwidth; null: the slower end's network port")
+    latency_us: float | None = _option(None, "until the first byte is there; null: the slower end's")
+
+
+@dataclass
+class TopologyConfig:
+    """Replica groups by name; none: fleet.replicas of what `cost` describes."""
+
+    name: str = "single"
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    link: LinkConfig = field(default_factory=LinkConfig)
+
+
+def _alike(name: str, **group: Any) -> TopologyConfig:
+    return TopologyConfig(name, {"replica": GroupConfig(**group)})
+
+
+def _split(name: str, prefill: GroupConfig, decode: GroupConfig) -> TopologyConfig:
+    prefill.role, decode.role = "prefill", "decode"
+    return TopologyConfig(name, {"prefill": prefill, "decode": decode})
+
+
+TOPOLOGIES: Mapping[str, tuple[str, TopologyConfig]] = types.MappingProxyType(
+    {
+        "single": ("fleet.replicas replicas as cost describes them", TopologyConfig()),
+        "tp2": ("one replica, each layer shared by 2 devices", _alike("tp2", tp=2)),
+        "tp4": ("one replica, each layer shared by 4 devices", _alike("tp4", tp=4)),
+        "pp2": ("one replica, its layers on 2 devices, 2 microbatches", _alike("pp2", pp=2, microbatches=2)),
+        "dp2": ("2 replicas", _alike("dp2", count=2)),
+        "dp4": ("4 replicas", _alike("dp4", count=4)),
+        "tp2_dp2": ("2 replicas of 2 devices", _alike("tp2_dp2", count=2, tp=2)),
+        "ep8": ("one replica on 8 devices that share out the experts", _alike("ep8", ep=8)),
+        "pd_1p1d": (
+            "1 replica for prompts, 1 for what follows",
+            _split("pd_1p1d", GroupConfig(), GroupConfig()),
+        ),
+        "pd_2p2d": (
+            "2 replicas for prompts, 2 for what follows",
+            _split("pd_2p2d", GroupConfig(count=2), GroupConfig(count=2)),
+        ),
+        "pd_hetero": (
+            "prompts on an H100, what follows on 2 A100",
+            _split(
+                "pd_hetero", GroupConfig(hardware="h100_sxm"), GroupConfig(count=2, hardware="a100_80g")
+            ),
+        ),
+        "hetero": (
+            "an H100 and 2 A100 that do the same",
+            TopologyConfig(
+                "hetero",
+                {
+                    "fast": GroupConfig(hardware="h100_sxm"),
+                    "slow": GroupConfig(count=2, hardware="a100_80g"),
+                },
+            ),
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One replica's place in a topology: which group it belongs to, and what that is there for."""
+
+    group: str
+    role: str
+
+
+def slots(topology: Mapping[str, Any]) -> tuple[Slot, ...]:
+    """A replica for each, in order of the groups; from the configuration as plain data."""
+    return tuple(
+        Slot(str(name), str(group["role"]))
+        for name, group in (topology.get("groups") or {}).items()
+        for _ in range(group["count"])
+    )
+
+
+def disaggregated(topology: TopologyConfig) -> bool:
+    """Whether requests prefill on one replica and decode on another."""
+    return any(group.role != "mixed" for group in topology.groups.values())
+
+
+def validate(topology: TopologyConfig, shaped: bool) -> None:
+    """Raises `ConfigError`, one sentence, for groups that make no sense. `shaped`: the cost model knows devices."""
+    known = "', '".join(ROLES)
+    for name, group in topology.groups.items():
+        key = f"topology.groups.{name}"
+        if group.role not in ROLES:
+            raise ConfigError(f"{key}.role is '{group.role}'; expected one of '{known}'.")
+        for what in ("count", "tp", "pp", "microbatches", "ep"):
+            value = getattr(group, what)
+            if value is not None and not 1 <= value <= MOST_DEVICES:
+                raise ConfigError(f"{key}.{what} is {value}; expected 1 to {MOST_DEVICES}.")
+        if not 1 <= group.imbalance < math.inf:
+            raise ConfigError(f"{key}.imbalance is {group.imbalance}; expected a finite number, at least 1.")
+        if not shaped:
+            for what in _devices(group):
+                raise ConfigError(
+                    f"{key}.{what} is {getattr(group, what)}, and this cost model knows no devices; expected "
+                    "cost=roofline, physical or tables."
+                )
+    roles = [group.role for group in topology.groups.values()]
+    for role, other in (("prefill", "decode"), ("decode", "prefill")):
+        if role in roles and other not in roles:
+            raise ConfigError(
+                f"topology {topology.name} has replicas for {role} and none for {other}; expected a group with "
+                f"role={other} too."
+            )
+    if "mixed" in roles and len(set(roles)) > 1:
+        raise ConfigError(
+            f"topology {topology.name} has mixed replicas beside prefill and decode; expected one kind or the other."
+        )
+    for what in ("gb_s", "latency_us"):
+        value = getattr(topology.link, what)
+        if value is not None and not (0 <= value < math.inf and (value or what != "gb_s")):
+            raise ConfigError(f"topology.link.{what} is {value}; expected a finite number above 0.")
+    if not shaped and disaggregated(topology) and None in (topology.link.gb_s, topology.link.latency_us):
+        raise ConfigError(
+            "topology.link needs gb_s and latency_us where the cost model knows no devices, as in "
+            "topology.link.gb_s=25 topology.link.latency_us=5."
+        )
+
+
+def _devices(group: GroupConfig) -> Iterator[str]:
+    """What of a group only a cost model with devices can say."""
+    for item in fields(GroupConfig):
+        if item.name not in ("count", "role") and getattr(group, item.name) != item.default:
+            yield item.name

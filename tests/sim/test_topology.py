@@ -1,0 +1,87 @@
+"""Topologies: from a name and a few words to replicas with devices, blocks and roles; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lab import compose, config, topology
+from lab.assembly import EngineSpec
+from lab.config import Config
+from lab.console import Console
+from lab.errors import DiptychError
+from sim.backend import SimBackend, open_backend
+from sim.cost.physical import PhysicalCost
+
+LLAMA = ["backend=sim", "cost=physical", "cost.model=llama-3.1-8b"]
+
+
+def composed(*words: str) -> Config:
+    with compose.composer() as composer:
+        cfg = composer.config([*LLAMA, *words])
+    config.validate(cfg)
+    return cfg
+
+
+def opened(*words: str) -> SimBackend:
+    return open_backend(composed(*words), Console(), None)
+
+
+def laid_out(backend: SimBackend) -> list[tuple[str, int, int]]:
+    found = []
+    for cost, _ in backend.replicas:
+        assert isinstance(cost, PhysicalCost)
+        found.append((cost.hardware.name, cost.parallel.tensor, cost.parallel.pipeline))
+    return found
+
+
+@pytest.mark.parametrize("name", topology.TOPOLOGIES)
+def test_every_topology_composes_and_survives_its_file(name: str) -> None:
+    cfg = composed(f"topology={name}", "routing=round_robin") if name != "single" else composed()
+    again = compose.from_yaml(compose.to_yaml(cfg))
+    assert again.topology == cfg.topology == topology.TOPOLOGIES[name][1]
+    spec = EngineSpec.of(dataclasses.asdict(cfg))
+    counts = [group.count for group in cfg.topology.groups.values()]
+    assert spec.fleet.replicas == spec.fleet.most == (sum(counts) or 1)
+
+
+def test_groups_say_what_their_replicas_are() -> None:
+    assert laid_out(opened("topology=tp2_dp2", "routing=round_robin")) == [("h100_sxm", 2, 1)] * 2
+    mixed = opened("topology=hetero", "routing=round_robin", "topology.groups.slow.count=1")
+    assert laid_out(mixed) == [("h100_sxm", 1, 1), ("a100_80g", 1, 1)]
+    split = opened("topology=pd_1p1d", "topology.groups.decode.tp=4", "topology.groups.prefill.pp=2")
+    assert laid_out(split) == [("h100_sxm", 1, 2), ("h100_sxm", 4, 1)]
+    cfg = composed("topology=pd_2p2d", "routing=round_robin")
+    assert EngineSpec.of(dataclasses.asdict(cfg)).fleet.roles == ("prefill", "prefill", "decode", "decode")
+
+
+def test_four_devices_hold_more_kv_than_four_replicas_by_the_weights_they_share() -> None:
+    one, four = opened("topology=single").capacity, opened("topology=tp4").capacities[0]
+    assert four.blocks > 4 * one.blocks
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["topology=tp3"], "unknown topology 'tp3'"),
+        (["topology=tp2", "topology.groups.replica.tp=3"], "32 query heads; expected a divisor"),
+        (["topology=pp2", "topology.groups.replica.pp=33"], "has 32 layers"),
+        (["topology=tp2", "topology.groups.replica.tp=0"], "topology.groups.replica.tp is 0; expected 1"),
+        (["topology=tp2", "topology.groups.replica.cores=2"], "cores"),
+        (["topology=tp2", "cost.model=llama-3.1-70b", "cost.hardware=l40s"], "doesn't fit on 2 x l40s"),
+        (["topology=pd_1p1d", "topology.groups.decode.role=prefill"], "none for decode"),
+        (["topology=pd_1p1d", "topology.groups.decode.role=mixed"], "none for decode"),
+        (["topology=hetero"], "leave all replicas but one idle"),
+        (["topology=dp2", "fleet.replicas=2"], "topology.groups.GROUP.count"),
+        (["topology=tp2", "cost=reference"], "knows no devices"),
+        (["topology=tp2", "topology.groups.replica.hardware=h1000"], "unknown hardware 'h1000'"),
+        (["topology=pd_1p1d", "sampling.n=2"], "one output alone"),
+        (["topology=pd_1p1d", "topology.link.gb_s=0"], "topology.link.gb_s is 0.0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence(words: list[str], said: str) -> None:
+    with pytest.raises(DiptychError) as caught:
+        opened(*words)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
