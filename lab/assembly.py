@@ -140,5 +140,7 @@ def assemble(
 
     rng = random.Random(stream_of("fleet views", spec.seed))
     fleet = Fleet(make, spec.create("scaling"), spec.fleet, rng=rng, observer=observer)
-    gateways.append(Gateway(spec.create("admission"), spec.create("routing"), fleet, observer))
+    # The policy of the second choice is one of its own: a policy that takes turns would else skip replicas.
+    placing = spec.create("routing", 1) if "decode" in spec.fleet.roles else None
+    gateways.append(Gateway(spec.create("admission"), spec.create("routing"), fleet, observer, placing))
     return ControlPlane(gateways[0], fleet, observer)

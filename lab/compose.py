@@ -44,7 +44,13 @@ class Composer:
         self._store = ConfigStore.instance()
         defaults: list[Any] = ["base_config"]
         defaults += [{group: name} for group, name in SEAMS.items()]
-        defaults += [{"trace": DEFAULT_TRACE}, {"model": "smollm2"}, {"cost": "fitted"}, {"topology": "single"}, "_self_"]
+        defaults += [
+            {"trace": DEFAULT_TRACE},
+            {"model": "smollm2"},
+            {"cost": "fitted"},
+            {"topology": "single"},
+            "_self_",
+        ]
         self._store.store(name="base_config", node=Config)
         self._store.store(name="config", node={"defaults": defaults})
         for model, (_, node) in MODELS.items():

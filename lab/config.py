@@ -155,6 +155,17 @@ class KvConfig:
 
 
 @dataclass
+class FailureConfig:
+    """A replica that is lost; its requests go back to the router and are computed again."""
+
+    replica: int = option(REQUIRED, "its index: those of the beginning count from 0")  # type: ignore[assignment]
+    at_s: float = option(REQUIRED, "when, in seconds")  # type: ignore[assignment]
+    back_s: float | None = option(
+        None, "seconds until another starts in its place, which takes fleet.cold_start_s"
+    )
+
+
+@dataclass
 class FleetConfig:
     """Replicas behind the gateway (simulator only above one), and how well the gateway sees them."""
 
@@ -165,6 +176,10 @@ class FleetConfig:
     cold_start_s: float = option(10.0, "from the decision to scale up until a replica is ready")
     refresh_ms: float = option(0.0, "replica views are taken anew when older than this; 0: always current")
     noise: float = option(0.0, "log-standard deviation of the counts in replica views")
+    failures: list[FailureConfig] = field(
+        default_factory=list,
+        metadata={"help": "replicas that are lost, as in fleet.failures=[{replica: 0, at_s: 5, back_s: 2}]"},
+    )
 
 
 @dataclass
@@ -590,6 +605,16 @@ def _fleet(cfg: Config) -> None:
             f"scaling={cfg.scaling.name} has nothing to scale: fleet.most is {fleet.most}; expected more than "
             f"fleet.replicas, {fleet.replicas}."
         )
+    for n, failure in enumerate(fleet.failures):
+        key = f"fleet.failures[{n}]"
+        if not 0 <= failure.replica < fleet.replicas:
+            raise ConfigError(f"{key}.replica is {failure.replica}; expected 0 to {fleet.replicas - 1}.")
+        for what in ("at_s", "back_s"):
+            value = getattr(failure, what)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{key}.{what} is {value}; expected a finite number, at least 0.")
+    if fleet.failures and (cfg.backend != "sim" or cfg.cost.name == "replay"):
+        raise ConfigError("fleet.failures are made; expected backend=sim, and another cost than replay.")
     roles = [slot.role for slot in topology.slots(dataclasses.asdict(cfg.topology))]
     to_choose = fleet.most or fleet.replicas
     if topology.disaggregated(cfg.topology):
@@ -624,9 +649,13 @@ def _grouped(cfg: Config) -> FleetConfig:
         )
     if topology.disaggregated(cfg.topology):
         if cfg.sampling.n > 1:
-            raise ConfigError(f"sampling.n is {cfg.sampling.n}, and topology={name} moves requests of one output alone.")
+            raise ConfigError(
+                f"sampling.n is {cfg.sampling.n}, and topology={name} moves requests of one output alone."
+            )
         if cfg.compression.name != SEAMS["compression"]:
-            raise ConfigError(f"compression={cfg.compression.name} changes KV that topology={name} has to move; expected none.")
+            raise ConfigError(
+                f"compression={cfg.compression.name} changes KV that topology={name} has to move; expected none."
+            )
     return dataclasses.replace(fleet, replicas=count)
 
 

@@ -32,7 +32,9 @@ class GroupConfig:
     tp: int | None = _option(None, "devices that share each layer; null: cost.tensor_parallel")
     pp: int | None = _option(None, "runs of layers; null: cost.pipeline_parallel")
     microbatches: int | None = _option(None, "parts a batch is cut into; null: cost.microbatches")
-    ep: int | None = _option(None, "devices that share out the experts, each with requests of its own; null: 1")
+    ep: int | None = _option(
+        None, "devices that share out the experts, each with requests of its own; null: 1"
+    )
     imbalance: float = _option(1.0, "ep: work of the busiest device's experts over the mean")
 
 
@@ -82,9 +84,7 @@ TOPOLOGIES: Mapping[str, tuple[str, TopologyConfig]] = types.MappingProxyType(
         ),
         "pd_hetero": (
             "prompts on an H100, what follows on 2 A100",
-            _split(
-                "pd_hetero", GroupConfig(hardware="h100_sxm"), GroupConfig(count=2, hardware="a100_80g")
-            ),
+            _split("pd_hetero", GroupConfig(hardware="h100_sxm"), GroupConfig(count=2, hardware="a100_80g")),
         ),
         "hetero": (
             "an H100 and 2 A100 that do the same",

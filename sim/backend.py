@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lab import plugins, ranks
+from lab import plugins, ranks, topology
 from lab.assembly import ControlPlane, EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
 from lab.config import MOST_BLOCKS, SHAPED, Config, MechanismsConfig, cache_dir
@@ -31,6 +31,7 @@ from sim.cost.transfer import WithTransfers
 from sim.cost.warmup import WithWarmup
 from sim.driver import Simulation
 from sim.executor import Output, SimExecutor
+from sim.moves import Failure, Link
 
 if TYPE_CHECKING:
     from lab.analysis.frames import RunLike
@@ -60,10 +61,13 @@ class SimBackend:
         mechanisms: MechanismsConfig | None = None,
         console: Console | None = None,
         replicas: Sequence[tuple[CostModel, Capacity]] = (),
+        link: Link | None = None,
+        failures: Sequence[Failure] = (),
     ) -> None:
         """`replicas`: the topology's, in the order of their places, where it has groups."""
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
+        self._link, self._failures = link, failures
         self._mechanisms, self._console = mechanisms or MechanismsConfig(), console
         self.executor = SimExecutor(self._timed(cost, capacity), capacity, outputs or {})
         self.replicas = tuple(replicas)
@@ -88,6 +92,8 @@ class SimBackend:
             api_ns=round(told.api_ms * 1e6),
             measured_control=told.control == "measured",
             executors=self._executors,
+            link=self._link,
+            failures=self._failures,
         )
 
     def account(self) -> dict[str, Any]:
@@ -132,7 +138,18 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         "model": cfg.model.name,
         "dtype": cfg.model.dtype,
     }
-    return SimBackend(cost, capacity, "modelled", about, mechanisms=cfg.mechanisms, console=console)
+    count = sum(group.count for group in cfg.topology.groups.values())
+    return SimBackend(
+        cost,
+        capacity,
+        "modelled",
+        about,
+        mechanisms=cfg.mechanisms,
+        console=console,
+        replicas=[(cost, capacity)] * count,
+        link=_link(cfg),
+        failures=_failures(cfg),
+    )
 
 
 def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
@@ -143,7 +160,7 @@ def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend
         replicas += [(model := shaped_cost(own), _described_capacity(own, model))] * count
     cost = replicas[0][0] if replicas else shaped_cost(cfg)
     capacity = beside.capacity if beside is not None else _described_capacity(cfg, cost)
-    about = {
+    about: dict[str, Any] = {
         "cost": cfg.cost.name,
         "hardware": asdict(cost.hardware),
         "shape": asdict(cost.shape),
@@ -158,13 +175,40 @@ def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend
             for each, room in replicas
         ]
     return SimBackend(
-        cost, capacity, "modelled", about, mechanisms=cfg.mechanisms, console=console, replicas=replicas
+        cost,
+        capacity,
+        "modelled",
+        about,
+        mechanisms=cfg.mechanisms,
+        console=console,
+        replicas=replicas,
+        link=_link(cfg, replicas),
+        failures=_failures(cfg),
     )
+
+
+def _failures(cfg: Config) -> list[Failure]:
+    return [
+        Failure(
+            each.replica, round(each.at_s * 1e9), None if each.back_s is None else round(each.back_s * 1e9)
+        )
+        for each in cfg.fleet.failures
+    ]
+
+
+def _link(cfg: Config, replicas: Sequence[tuple[PhysicalCost, Capacity]] = ()) -> Link | None:
+    """What KV moves over: as configured, else the slowest network port at either end."""
+    if not topology.disaggregated(cfg.topology):
+        return None
+    wanted, ports = cfg.topology.link, [cost.hardware.network for cost, _ in replicas]
+    rate = min(port.bytes_s for port in ports) if wanted.gb_s is None else wanted.gb_s * 1e9
+    late = max(port.latency_s for port in ports) if wanted.latency_us is None else wanted.latency_us * 1e-6
+    return Link(rate, round(late * 1e9))
 
 
 def group_config(cfg: Config, group: GroupConfig) -> Config:
     """The configuration of one group's replicas: what it says of itself, else what `cost` says of all."""
-    own = {
+    own: dict[str, Any] = {
         "hardware": group.hardware,
         "tensor_parallel": group.tp,
         "pipeline_parallel": group.pp,
@@ -258,6 +302,11 @@ def resimulate(run_b: Run, run_a: Run, out: Path | None) -> RunLike:
     from lab.session import Side, keep_side, run_side
 
     config = dict(run_b.config)
+    if (config.get("topology") or {}).get("groups") or (config.get("fleet") or {}).get("failures"):
+        raise ReplayError(
+            f"run '{run_b.path}' has replica groups or failures, and only a fleet of equal replicas can be simulated "
+            "again with another's durations"
+        )
     capacity = recorded_capacity(run_b)
     backend = SimBackend(
         recorded_cost(run_a),

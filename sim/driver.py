@@ -18,6 +18,7 @@ from lab.control.loop import IDLE, serve
 from lab.control.plan import StepPlan
 from lab.control.request import Request
 from sim.executor import SimExecutor
+from sim.moves import Failure, Link, Moves
 
 NEVER = 1 << 62
 
@@ -69,10 +70,13 @@ class Simulation:
         api_ns: int = 0,
         measured_control: bool = False,
         executors: Sequence[SimExecutor] = (),
+        link: Link | None = None,
+        failures: Sequence[Failure] = (),
     ) -> None:
         """`api_ns`: from a request's arrival until the gateway hears of it. `measured_control`: planning takes what it
         takes here and now, and no two runs are equal. `executors`: of each replica of a topology, where they aren't
-        alike."""
+        alike. `link`: what KV moves over from replicas that prefill to those that decode. `failures`: replicas that are
+        lost during the run."""
         self._env = Clock()
         self._api_ns, self._measured_control = api_ns, measured_control
         self._gateway, self._fleet = control.gateway, control.fleet
@@ -83,6 +87,10 @@ class Simulation:
         self._idle: dict[int, simpy.Event] = {}
         self._serving = 0
         self._done = self._env.event()
+        self._moves = Moves(self._env, control.gateway, control.fleet, link, self._wake, self._end_if_over)
+        self._failures = failures
+        self._coming = 0
+        """Lost replicas that will be replaced and aren't ready."""
 
     @property
     def now(self) -> int:
@@ -93,9 +101,15 @@ class Simulation:
         self._env.process(self._arrivals())
         for core in self._fleet.cores:
             self._serve(core)
+        for failure in self._failures:
+            self._env.process(self._fails(failure))
         if self._fleet.spec.most > self._fleet.spec.replicas:
             self._env.process(self._looks())
-        self._env.run(until=self._done)
+        try:
+            self._env.run(until=self._done)
+        except BaseException:
+            self._moves.interrupt(self.now)
+            raise
 
     def _arrivals(self) -> Generator[simpy.Event, Any, None]:
         env, requests = self._env, self._requests
@@ -120,8 +134,17 @@ class Simulation:
 
     def _end_if_over(self) -> None:
         over = self._next == len(self._requests) and self._serving == len(self._idle)
+        if over and self._moves.active and not (self._moves.moving or self._more_to_come):
+            self._moves.give_up(self.now)  # nobody is left to take them
+        over = over and not self._moves.active
         if over and not self._done.triggered:
             self._done.succeed()
+
+    @property
+    def _more_to_come(self) -> bool:
+        """Whether a replica may yet start."""
+        spec = self._fleet.spec
+        return bool(self._coming) or spec.most > spec.replicas
 
     def _wake(self, index: int) -> None:
         event = self._idle.pop(index, None)
@@ -129,6 +152,8 @@ class Simulation:
             event.succeed()
 
     def _serve(self, core: EngineCore) -> None:
+        if self._fleet.role(core.replica) == "prefill":
+            core.on_handover = lambda live, now: self._moves.begin(live, core, now)
         # Executors keep what a run has told them, so replicas don't share one.
         alike = self._executors[self._fleet.slots[core.replica]] if self._executors else self._executor
         executor = alike if core.replica == 0 else alike.another()
@@ -141,10 +166,12 @@ class Simulation:
         timer: ControlTimer = executor
         if self._measured_control:
             price, timer = None, MeasuredOver(executor)
-        coast = None if price is None else lambda now: core.coast(price, now, env.horizon())
+        coast = None if price is None else lambda now: core.coast(price, now, self._until(index, now))
         for wait in serve(core, executor, timer, lambda: int(env.now), coast):
+            if self._moves.pending:
+                self._moves.reserve(index, int(env.now))
             if wait == IDLE:
-                over = self._next == len(self._requests)
+                over = self._next == len(self._requests) and not self._moves.active and not self._coming
                 if core.has_work and (over or self._fleet.draining(index)):
                     raise core.stalled()
                 if self._fleet.draining(index):
@@ -154,6 +181,8 @@ class Simulation:
                 awake = self._idle[index] = env.event()
                 self._end_if_over()
                 yield awake
+                if self._fleet.lost(index):
+                    break
                 continue
             if env.pass_time(wait):
                 if self._progress is not None:
@@ -163,9 +192,39 @@ class Simulation:
             if self._next < len(self._requests) and self._due() == env.now:
                 # The arrival process is due at this very instant; let it go first.
                 yield env.timeout(0)
+            if self._fleet.lost(index):
+                break
             if self._progress is not None:
                 self._progress(core, int(env.now))
         self._serving -= 1
+        self._end_if_over()
+
+    def _until(self, index: int, now: int) -> int:
+        """Until when nothing but its own steps concerns a replica."""
+        return now if self._moves.waits_for(index) else self._env.horizon()
+
+    def _fails(self, failure: Failure) -> Generator[simpy.Event, Any, None]:
+        """A replica is lost; what it had goes back to the router, and another takes its place."""
+        env = self._env
+        yield env.timeout(failure.at)
+        now = int(env.now)
+        core = self._fleet.fail(failure.replica, now)
+        if core is None:
+            return  # it had gone already
+        again = failure.back is not None
+        self._coming += again
+        self._moves.lost(core, now)
+        if core.replica in self._idle:
+            self._wake(core.replica)
+        if failure.back is not None:
+            yield env.timeout(failure.back)
+            index, ready = self._fleet.replace(core.replica, int(env.now))
+            yield env.timeout(ready - int(env.now))
+            self._coming -= 1
+            fresh = self._fleet.started(index, int(env.now))
+            assert fresh is not None
+            self._serve(fresh)
+            self._moves.somebody_is_up(int(env.now))
         self._end_if_over()
 
     def _looks(self) -> Generator[simpy.Event, Any, None]:
@@ -183,3 +242,4 @@ class Simulation:
         core = self._fleet.started(index, int(self._env.now))
         if core is not None:
             self._serve(core)
+            self._moves.somebody_is_up(int(self._env.now))

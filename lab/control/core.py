@@ -33,7 +33,7 @@ from lab.policy import (
     ReplicaView,
     SchedulingPolicy,
 )
-from lab.state.blocks import BlockPool
+from lab.state.blocks import Block, BlockPool
 from lab.state.prefix import ContentChain
 from lab.state.tiers import HostTier
 
@@ -161,6 +161,9 @@ class EngineCore:
         self._joins_late = joins_late
         self._late: list[LiveRequest] = []
         """Held, too: requests that the next plan doesn't know of."""
+        self.on_handover: Callable[[LiveRequest, int], None] | None = None
+        """Takes requests that have their first token: they go on elsewhere, and blocks are kept until `let_go`."""
+        self._leaving: dict[RequestId, list[Block]] = {}
         self._released: list[RequestId] = []
         self._in_flight: _InFlight | None = None
         self._committed: _InFlight | None = None
@@ -232,6 +235,30 @@ class EngineCore:
             return len(pool.match(keys, limit)) * pool.block_size
         return next((i for i in range(limit) if keys[i + 1] not in then), limit) * pool.block_size
 
+    def refusal(self, request: Request) -> RequestRefused | None:
+        """Why this request could never fit here; None if it can."""
+        tokens = len(request.prompt) + request.output_limit
+        if tokens > self.capacity.max_context:
+            return RequestRefused(
+                request.id,
+                f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens exceeds the "
+                "longest context",
+                needed=tokens,
+                available=self.capacity.max_context,
+            )
+        # The last token that is generated is never fed back, so its KV is never stored.
+        peak = self._compression.peak(self._compression.keep(request))
+        needed = -(-min(tokens - 1, peak) // self.pool.block_size)
+        if needed > self.pool.total:
+            return RequestRefused(
+                request.id,
+                f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens never fits the "
+                f"KV cache, counted in blocks of {self.pool.block_size}",
+                needed=needed,
+                available=self.pool.total,
+            )
+        return None
+
     # -- requests come and go ------------------------------------------------------------------------
 
     def add(self, request: Request, now: int, decision: Decision = DIRECT) -> None:
@@ -240,31 +267,14 @@ class EngineCore:
         One that asks for several outputs becomes as many sequences. The first computes the prompt; the others are
         held until it has, and then share its blocks.
         """
+        if (refusal := self.refusal(request)) is not None:
+            raise refusal
         sequences = request.sequences()
         taken = request.id in self._requests or request.id in self._groups
         if taken or (request.n > 1 and any(sequence.id in self._requests for sequence in sequences)):
             raise RequestRefused(request.id, "a request of this id is being served", needed=1, available=0)
-        tokens = len(request.prompt) + request.output_limit
-        if tokens > self.capacity.max_context:
-            raise RequestRefused(
-                request.id,
-                f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens exceeds the "
-                "longest context",
-                needed=tokens,
-                available=self.capacity.max_context,
-            )
-        # The last token that is generated is never fed back, so its KV is never stored.
         keep = self._compression.keep(request)
         peak = self._compression.peak(keep)
-        needed = -(-min(tokens - 1, peak) // self.pool.block_size)
-        if needed > self.pool.total:
-            raise RequestRefused(
-                request.id,
-                f"prompt of {len(request.prompt)} plus {request.output_limit} output tokens never fits the "
-                f"KV cache, counted in blocks of {self.pool.block_size}",
-                needed=needed,
-                available=self.pool.total,
-            )
         group: list[LiveRequest] = []
         for sequence in sequences:
             foreseen = self._predict(sequence, now)
@@ -363,6 +373,133 @@ class EngineCore:
         self._ripe.clear()
         self._held = 0
 
+    # -- from one replica to another -------------------------------------------------------------------
+
+    def _hand_over(self, live: LiveRequest, taker: Callable[[LiveRequest, int], None], now: int) -> None:
+        """A request leaves with its life so far; whoever takes it says when its KV has been read."""
+        self._leaving[live.request.id] = live.blocks
+        if live.phase == "decode" and live.phase_start == now:  # entered with this very token
+            live.phase, live.phase_cause = "queue", "transfer"
+        else:
+            live.enter("queue", now, "transfer")
+        self._forget(live)
+        self._call(self.policy.on_finish, live.view, "moved", now)
+        del live.view
+        taker(live, now)
+
+    def _forget(self, live: LiveRequest) -> None:
+        """It isn't here any more, and hasn't ended."""
+        name, load = live.request.id, self._load
+        self._decodes.drop(live)
+        self._repeats = 0
+        del self._requests[name]
+        load.to_compute -= live.known - live.computed
+        load.expected -= max(live.predicted - len(live.output), 0)
+        load.context -= live.computed - live.dropped if live.status == "running" else 0
+        self._running.pop(name, None)
+        self._waiting.pop(name, None)
+        self._held -= live.status == "held"
+        live.status = "ended"
+        if live.group:
+            self._leave_group(live)
+        if live.seen:
+            self._released.append(name)
+
+    def let_go(self, request_id: RequestId, now: int) -> None:
+        """The KV of a request that left has been read: its blocks are given back."""
+        self._evicting("on_evictable", self.pool.release, self._leaving.pop(request_id), now)
+
+    def adopt(self, moved: LiveRequest) -> LiveRequest:
+        """A request that another replica had, as it will be here: after `reserve` and `arrive`, or `arrive` alone."""
+        live = moved.moved(self._seq, self.pool.block_size)
+        self._seq += 1
+        live.keep = self._compression.keep(live.request)
+        live.peak = self._compression.peak(live.keep)
+        live.plain = live.plain and live.keep is None
+        live.status = "coming"
+        return live
+
+    def reserve(self, live: LiveRequest, computed: int, now: int) -> int | None:
+        """Blocks for a request whose KV, of so many tokens, is to come, and for its next token.
+
+        Returns the tokens that have to be moved, beside those that the prefix cache holds; None while there is no room.
+        """
+        pool = self.pool
+        size = pool.block_size
+        full = computed // size
+        hits = pool.match(live.chain.upto(full), full) if pool.prefix_cache else []
+        wanted = -(-live.known // size)
+        if wanted - len(hits) + sum(block.refs == 0 for block in hits) > pool.available:
+            return None
+        pool.pin(hits, now, live.request)
+        live.blocks, live.published, live.computed = list(hits), len(hits), computed
+        while len(live.blocks) < wanted:
+            live.blocks.append(self._evicting("victim", pool.take, now))
+        self._expect(live)
+        return computed - len(hits) * size
+
+    def _expect(self, live: LiveRequest) -> None:
+        self._load.to_compute += live.known - live.computed
+        self._load.expected += max(live.predicted - len(live.output), 0)
+        self._requests[live.request.id] = live
+        live.status = "held"
+        self._held += 1
+        self._repeats = 0
+
+    def arrive(self, live: LiveRequest, now: int) -> None:
+        """It is here, with the KV that blocks were reserved for, or with none; it waits from now on."""
+        if live.status == "coming":
+            self._expect(live)
+        if live.status != "held":
+            return  # aborted on the way
+        pool, size = self.pool, self.pool.block_size
+        full = live.computed // size
+        if pool.prefix_cache and live.blocks:
+            keys = live.chain.upto(full)
+            for depth in range(live.published, full):
+                before = live.blocks[depth - 1] if depth else None
+                self._evicting(
+                    "on_cached", pool.publish, live.blocks[depth], before, keys, depth, now, live.request
+                )
+            live.published = full
+        if self._joins_late and self._in_flight is not None:
+            self._late.append(live)
+            self._repeats = 0
+        else:
+            self._let_in(live, now)
+
+    def cancel(self, live: LiveRequest, now: int) -> None:
+        """What was reserved for a request that won't come is given back."""
+        if live.status == "held":
+            self._forget(live)
+            self._evicting("on_evictable", self.pool.release, live.blocks, now)
+
+    def _gave_up(self, now: int) -> bool:
+        """Where nothing can run, since requests that wait hold all blocks, the last of them is to be computed again."""
+        if self._running or self._paused or self._late:
+            return False
+        for live in reversed(self._waiting.values()):
+            if live.blocks:
+                self._load.to_compute += live.computed
+                live.computed, live.published = 0, 0
+                live.preemptions += 1
+                self._evicting("on_evictable", self.pool.release, live.blocks, now)
+                live.blocks = []
+                return True
+        return False
+
+    def evacuate(self, now: int) -> list[LiveRequest]:
+        """This replica is lost, and all KV with it: whoever was here, in order of entry. The core is of no use then."""
+        found = list(self._requests.values())
+        for live in found:
+            live.sync()
+            live.enter("queue", max(now, live.phase_start), "failed")
+            self._forget(live)
+        self._in_flight = None
+        self._late.clear()
+        self._leaving.clear()
+        return found
+
     # -- the scheduling loop -------------------------------------------------------------------------
 
     def plan(self, now: int) -> StepPlan:
@@ -407,7 +544,9 @@ class EngineCore:
         joined = bool(late)
         self._let_late_in(late, now)
         if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
-            return self.plan(now) if joined else StepPlan(self._index, now, (), self._digest)
+            if joined or self._gave_up(now):
+                return self.plan(now)
+            return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
         alone = len(step.work) == len(step.together) and not (
             step.preempted or step.rejected or decodes.others
@@ -515,6 +654,9 @@ class EngineCore:
             self._ripe[live.request.parent] = None
         if live.status == "ended":
             return
+        if work.samples and self.on_handover is not None:
+            self._hand_over(live, self.on_handover, now)
+            return
         if work.samples and live.plain and not live.steady:
             self._decodes.join(live)
 
@@ -573,7 +715,7 @@ class EngineCore:
 
     def check(self) -> None:
         """Conservation laws, as code: blocks, tables, statuses. Raises AssertionError."""
-        self.pool.check([live.blocks for live in self._requests.values()])
+        self.pool.check([*(live.blocks for live in self._requests.values()), *self._leaving.values()])
         self.host.check([live.host for live in self._requests.values()])
         held = sum(live.status == "held" for live in self._requests.values())
         assert held == self._held, f"{held} sequences are held, {self._held} are counted"

@@ -17,6 +17,9 @@ from lab.control.observer import FleetEvent, Observer
 from lab.errors import PolicyError
 from lab.policy import FleetView, ReplicaView, ScalingPolicy
 
+FAILED = "failed"
+"""Why a replica is gone that was lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetSpec:
@@ -56,6 +59,7 @@ class Fleet:
         self._ready: dict[int, EngineCore] = {}
         self._starting: dict[int, int] = {}
         self._draining: dict[int, EngineCore] = {}
+        self._lost: set[int] = set()
         self._next = 0
         self._views: list[ReplicaView] = []
         self._taken: int | None = None
@@ -70,11 +74,12 @@ class Fleet:
             self._ready[self._next] = self._make(self._next, self._next)
             self._tell(0, self._next, "ready", spec.replicas, "initial")
             self._next += 1
+        self._first = self._ready[0]
 
     @property
     def core(self) -> EngineCore:
-        """The replica, where there is just one."""
-        return self._ready[0]
+        """The first replica: the only one, where there is just one."""
+        return self._first
 
     @property
     def cores(self) -> list[EngineCore]:
@@ -201,6 +206,26 @@ class Fleet:
         """A draining replica is empty and gone."""
         del self._draining[index]
         self._tell(now, index, "gone", len(self._ready), "drained")
+
+    def fail(self, index: int, now: int) -> EngineCore | None:
+        """A replica is lost; None if it isn't up."""
+        core = self._ready.pop(index, None) or self._draining.pop(index, None)
+        if core is not None:
+            self._lost.add(index)
+            self._changed(now, index, "gone", len(self._ready), FAILED)
+        return core
+
+    def lost(self, index: int) -> bool:
+        """Whether it failed."""
+        return index in self._lost
+
+    def replace(self, lost: int, now: int) -> tuple[int, int]:
+        """Start another in the place of one that was lost. Returns (index, time it will be ready)."""
+        index, self._next = self._next, self._next + 1
+        self.slots[index] = self.slots[lost]
+        self._starting[index] = now + self.spec.cold_start
+        self._tell(now, index, "start", len(self._ready) + len(self._starting), f"in place of {lost}")
+        return index, self._starting[index]
 
     def close(self, now: int) -> None:
         """The run is over: what is still up goes."""

@@ -6,16 +6,17 @@ only `ReplicaView`s, which say how old they are, and are told how what they let 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lab.control.blame import blame
 from lab.control.fleet import Fleet
-from lab.control.observer import Decision, Interval, Observer, RequestRecord
+from lab.control.live import LiveRequest
+from lab.control.observer import Decision, Interval, Observer, Outcome, RequestRecord
 from lab.control.request import Request, RequestId
 from lab.errors import PolicyError, RequestRefused
-from lab.policy import AdmissionPolicy, Ended, RoutingPolicy, Verdict
+from lab.policy import AdmissionPolicy, Ended, ReplicaView, RoutingPolicy, Verdict
 
 
 @dataclass(slots=True)
@@ -48,8 +49,11 @@ class Gateway:
         routing: RoutingPolicy,
         fleet: Fleet,
         observer: Observer | None = None,
+        placing: RoutingPolicy | None = None,
     ) -> None:
+        """`placing`: routes requests that have their first token, where others decode than prefill."""
         self._admission, self._routing, self._fleet = admission, routing, fleet
+        self._placing = placing
         self._observer = observer or Observer()
         self._groups: dict[RequestId, _Group] = {}
         """Requests with several outputs whose feedback isn't complete."""
@@ -59,6 +63,9 @@ class Gateway:
             self._listeners.append((self._named("admission", admission), admission.on_finish))
         if type(routing).on_finish is not RoutingPolicy.on_finish:
             self._listeners.append((self._named("routing", routing), routing.on_finish))
+        self._placed: Callable[..., Any] | None = None
+        if placing is not None and type(placing).on_finish is not RoutingPolicy.on_finish:
+            self._placed = placing.on_finish
 
     def submit(self, request: Request, now: int, ingest_lag: int = 0) -> Decision:
         """Admit, route and enqueue; a request that is turned away is recorded as rejected, with the reason.
@@ -77,13 +84,18 @@ class Gateway:
         if not verdict.admit:
             refused = Decision(False, verdict.reason, ingest_lag=ingest_lag)
             return self._turn_away(request, refused, verdict.reason, now)
-        replica, why = self._route(request, views, now)
+        candidates = self._able(views, "prefill")
+        if not candidates:
+            refused = Decision(False, "no replica is up", ingest_lag=ingest_lag)
+            return self._turn_away(request, refused, "no replica is up", now)
+        replica, why = self._route(self._routing, request, candidates, now)
         core = self._fleet.ready(replica)
         assert core is not None  # checked by _route
         decision = Decision(True, verdict.reason, replica, why, ingest_lag)
         if request.n > 1:
             self._groups[request.id] = _Group(request)
         try:
+            self._check_decoding(request, views)
             core.add(request, now, decision)
         except RequestRefused as refusal:
             self._groups.pop(request.id, None)
@@ -93,6 +105,37 @@ class Gateway:
             refused = Decision(False, "never fits", replica, why, ingest_lag)
             return self._turn_away(request, refused, reason, now)
         return decision
+
+    def place(self, request: Request, now: int) -> tuple[int, str] | None:
+        """Which replica decodes a request that has its first token, and why; None while there is none."""
+        assert self._placing is not None
+        views = self._able(self._fleet.views(now), "decode")
+        return self._route(self._placing, request, views, now) if views else None
+
+    def again(self, request: Request, now: int) -> tuple[int, str] | None:
+        """Which replica takes a request whose own is lost; None while there is none."""
+        views = self._able(self._fleet.views(now), "prefill")
+        return self._route(self._routing, request, views, now) if views else None
+
+    def lose(self, live: LiveRequest, outcome: Outcome, reason: str, now: int) -> None:
+        """A request that is at no replica ends there."""
+        record = live.record(outcome, reason, now)
+        self._observer.on_request(record)
+        if outcome != "unfinished":
+            self.ended(record, now)
+
+    def _able(self, views: Sequence[ReplicaView], role: str) -> list[ReplicaView]:
+        """Those that do what is asked for."""
+        if not self._fleet.spec.roles:
+            return list(views)
+        return [view for view in views if view.role in (role, "mixed")]
+
+    def _check_decoding(self, request: Request, views: Sequence[ReplicaView]) -> None:
+        """Raises `RequestRefused` where a replica that may have to decode the request could never hold it."""
+        for view in views if self._placing is not None else ():
+            core = self._fleet.ready(view.index) if view.role == "decode" else None
+            if core is not None and (refusal := core.refusal(request)) is not None:
+                raise refusal
 
     def ended(self, record: RequestRecord, now: int) -> None:
         """A request that was let in has ended: told to the policies that want to know, and to the fleet."""
@@ -106,12 +149,19 @@ class Gateway:
                     self._tell(group.request, group.ended(), now)
             return
         self._fleet.ended(record.met_objectives)
-        if not self._listeners:
+        if not (self._listeners or self._placed):
             return
         arrival, times = record.request.arrival, record.token_times
         ttft = times[0] - arrival if times else None
         ended = Ended(record.outcome, record.decision.replica, ttft, record.end - arrival, len(times))
         self._tell(record.request, ended, now)
+        if self._placed is not None and record.transfers:
+            at = record.transfers[-1].destination
+            try:
+                self._placed(record.request, replace(ended, replica=at), now)
+            except Exception as error:
+                who = self._named("routing", self._placing)
+                raise blame(error, who, f"in on_finish, request '{record.request.id}'") from error
 
     def _tell(self, request: Request, ended: Ended, now: int) -> None:
         for who, listener in self._listeners:
@@ -120,15 +170,17 @@ class Gateway:
             except Exception as error:
                 raise blame(error, who, f"in on_finish, request '{request.id}'") from error
 
-    def _route(self, request: Request, views: list[Any], now: int) -> tuple[int, str]:
-        who, about = self._named("routing", self._routing), f"request '{request.id}'"
+    def _route(
+        self, routing: RoutingPolicy, request: Request, views: list[ReplicaView], now: int
+    ) -> tuple[int, str]:
+        who, about = self._named("routing", routing), f"request '{request.id}'"
         try:
-            answer = self._routing.route(request, views, now)
+            answer = routing.route(request, views, now)
         except Exception as error:
             raise blame(error, who, about) from error
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], int)):
             raise PolicyError(f"{who} answered {answer!r} for {about}; expected (replica index, reason)")
-        if self._fleet.ready(answer[0]) is None:
+        if all(answer[0] != view.index for view in views) or self._fleet.ready(answer[0]) is None:
             known = ", ".join(str(view.index) for view in views)
             raise PolicyError(f"{who} sent {about} to replica {answer[0]}; expected one of: {known}")
         return answer[0], str(answer[1])

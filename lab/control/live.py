@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lab.control.observer import Decision, Interval, Outcome, Phase, RequestRecord
+from lab.control.observer import Decision, Interval, Outcome, Phase, RequestRecord, Transfer
 from lab.control.plan import TokenLogprobs
 from lab.control.request import Request, RequestId
 from lab.policy import NEVER, KvKeep
@@ -137,6 +137,7 @@ class LiveRequest:
         "status",
         "steady",
         "token_times",
+        "transfers",
         "view",
     )
 
@@ -174,6 +175,7 @@ class LiveRequest:
         self.cached_tokens = self.cached_blocks = self.computed_tokens = self.preemptions = 0
         self.token_times: list[int] = []
         self.intervals: list[Interval] = []
+        self.transfers: list[Transfer] = []
         self.phase: Phase = "queue"
         self.phase_start, self.phase_cause = request.arrival, "arrival"
         self.phase_first = self.phase_last = -1
@@ -260,4 +262,22 @@ class LiveRequest:
             intervals=tuple(self.intervals),
             output=tuple(self.output),
             logprobs=tuple(self.logprobs),
+            transfers=tuple(self.transfers),
         )
+
+    def moved(self, seq: int, block_size: int) -> LiveRequest:
+        """The same request in another engine: the life it has led, and nothing computed there yet."""
+        self.sync()
+        new = LiveRequest(self.request, seq, self.decision, block_size, self.predicted)
+        new.output += self.output
+        for name in _LIFE:
+            value = getattr(self, name)
+            setattr(new, name, list(value) if isinstance(value, list) else value)
+        return new
+
+
+_LIFE = (
+    "cached_blocks", "cached_tokens", "computed_tokens", "dropped_tokens", "intervals", "known", "logprobs",
+    "phase", "phase_cause", "phase_start", "preemptions", "token_times", "transfers",
+)  # fmt: skip
+"""What of a request doesn't depend on where it is."""

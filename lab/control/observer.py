@@ -21,7 +21,8 @@ Outcome = Literal["finished", "aborted", "rejected", "unfinished"]
 class Interval:
     """One stretch of a request's life. Intervals tile [arrival, end] without gap or overlap.
 
-    `cause` says why a queue interval began (`arrival`, `preempted`, `swapped`) and is empty otherwise.
+    `cause` says why a queue interval began (`arrival`, `preempted`, `swapped`, `transfer` to another replica, or its
+    replica `failed`) and is empty otherwise.
     `first_step .. last_step` are the steps that worked on the request in it (-1, -1 while queued).
     """
 
@@ -44,6 +45,33 @@ class Decision:
     ingest_lag: int = 0
     """Nanoseconds from the arrival until the request was taken in: what a busy loop costs under a wall clock.
     Times count from the arrival all the same. 0 under a virtual clock."""
+
+
+@frozen
+class Transfer:
+    """A request's KV moved from one replica to another. It waits for room there, then for the link."""
+
+    source: int
+    destination: int
+    tokens: int
+    """Of KV that had to move: what the destination's prefix cache held didn't."""
+    bytes: int
+    ready: int
+    """When the source had computed it; when room was reserved at the destination; when its first byte was sent, and
+    when its last one arrived."""
+    reserved: int
+    sent: int
+    end: int
+
+    @property
+    def queue_ns(self) -> int:
+        """Waiting, for room and for the link."""
+        return self.sent - self.ready
+
+    @property
+    def wire_ns(self) -> int:
+        """On the way, the link's latency included."""
+        return self.end - self.sent
 
 
 @frozen
@@ -73,6 +101,8 @@ class RequestRecord:
     """Output tokens that the length predictor foresaw; 0 for one that never entered an engine."""
     dropped_tokens: int = 0
     """Tokens whose KV compression gave up, recomputed ones included."""
+    transfers: tuple[Transfer, ...] = ()
+    """Moves of its KV from one replica to another."""
 
     @property
     def met_objectives(self) -> bool:

@@ -340,14 +340,16 @@ class StepBuilder:
         kept, ready = live.computed, self._ready(live, hits)
         if live.group and self._donor(live) is not None:
             self._pool.share(hits, self.now, live.request)
-        else:
+        elif not live.blocks:
             self._pool.pin(hits, self.now, live.request)
         live.status = "running"
-        live.blocks = hits
-        live.published = len(hits)
+        came = bool(live.blocks)  # with its KV, from another replica
+        if not came:
+            live.blocks = hits
+            live.published = len(hits)
         live.computed = ready
         self._on_admit(live, live.computed - kept)
-        if not live.preemptions:
+        if not (live.preemptions or came):
             # What another sequence of its parent lends is no hit where there is no prefix cache.
             live.cached_blocks = len(hits) if self._pool.prefix_cache else 0
             live.cached_tokens = live.cached_blocks * self._pool.block_size
@@ -368,6 +370,8 @@ class StepBuilder:
     def _ready(self, live: LiveRequest, hits: list[Block]) -> int:
         """Tokens of a waiting request that need no computing: cached ones, those parked in host memory, or the
         prompt that another sequence of its parent holds."""
+        if live.blocks:
+            return live.computed
         if live.group and self._donor(live) is not None:
             return min(live.prompt_tokens, live.known - 1)
         return max(len(hits) * self._pool.block_size, live.computed)
@@ -432,6 +436,8 @@ class StepBuilder:
     def _hits(self, live: LiveRequest) -> list[Block]:
         """Cached leading blocks; at least the last known token is left to compute, since its logits are needed."""
         pool = self._pool
+        if live.blocks and live.status == "waiting":  # its KV came from another replica
+            return live.blocks
         if live.group and live.status == "waiting" and (donor := self._donor(live)) is not None:
             return donor.blocks[: self._ready(live, []) // pool.block_size]
         if not pool.prefix_cache:

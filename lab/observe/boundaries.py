@@ -249,16 +249,39 @@ DECLARED: tuple[Boundary, ...] = (
     ),
     Boundary(
         name="kv.transfer",
-        parents=("step.execute",),
+        parents=("step.execute", "request"),
         plane="data",
         path="state",
         emitted_at=_EXECUTOR,
         doc="KV blocks of swapped requests were copied to the host, then others back; blocks that several outputs of a "
-        "request share were copied before one writes on. Absent when none was.",
+        "request share were copied before one writes on. Absent when none was. In a request: its KV moved to the "
+        "replica that decodes it, after waiting for room there (`room_ns`) and for the link (`queue_ns`, both).",
         attributes=(
             ("lab.kv.blocks_out", "int"),
             ("lab.kv.blocks_in", "int"),
             ("lab.kv.blocks_copied", "int"),
+            ("lab.transfer.source", "int"),
+            ("lab.transfer.destination", "int"),
+            ("lab.transfer.tokens", "int"),
+            ("lab.transfer.bytes", "int"),
+            ("lab.transfer.room_ns", "int"),
+            ("lab.transfer.queue_ns", "int"),
+            ("lab.transfer.wire_ns", "int"),
+        ),
+        optional=frozenset(
+            f"lab.{name}"
+            for name in (
+                "kv.blocks_out",
+                "kv.blocks_in",
+                "kv.blocks_copied",
+                "transfer.source",
+                "transfer.destination",
+                "transfer.tokens",
+                "transfer.bytes",
+                "transfer.room_ns",
+                "transfer.queue_ns",
+                "transfer.wire_ns",
+            )
         ),
     ),
     Boundary(

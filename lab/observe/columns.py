@@ -85,6 +85,7 @@ REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("intervals", "intervals", lambda r: [_interval(part) for part in r.intervals]),
     ("output", "list<int32>", lambda r: r.output),
     ("logprobs", "logprobs", lambda r: [_logprobs(item) for item in r.logprobs]),
+    ("transfers", "transfers", lambda r: [dataclasses.asdict(move) for move in r.transfers]),
 )
 
 STEPS: tuple[Column[StepRecord], ...] = (

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
+from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord, Transfer
 from lab.control.plan import Compaction, Move, RankTiming, StepPlan, StepTiming, TokenLogprobs, Work
 from lab.control.request import Piece, Prompt, Request, SamplingParams, Segment
 from lab.errors import RunError
@@ -136,6 +136,7 @@ def read_requests(path: Path, workload: Iterable[Request]) -> list[RequestRecord
                 TokenLogprobs(item["chosen"], tuple((top["token"], top["logprob"]) for top in item["top"]))
                 for item in row["logprobs"]
             ),
+            transfers=tuple(Transfer(**move) for move in row["transfers"]),
         )
         for row in read(path, REQUESTS)
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from lab.control.observer import Transfer
 from lab.control.plan import RankTiming
 from lab.errors import RunError
 from lab.observe.boundaries import SCHEMA_VERSION
@@ -53,6 +54,8 @@ def _arrow(kind: str) -> Any:
         return pa.list_(pa.struct([("request", pa.string()), *blocks, ("rule", pa.string())]))
     if kind == "ranks":
         return pa.list_(pa.struct([(field.name, pa.int64()) for field in fields(RankTiming)]))
+    if kind == "transfers":
+        return pa.list_(pa.struct([(field.name, pa.int64()) for field in fields(Transfer)]))
     if kind == "logprobs":
         top = pa.list_(pa.struct([("token", pa.int32()), ("logprob", pa.float64())]))
         return pa.list_(pa.struct([("chosen", pa.float64()), ("top", top)]))

@@ -144,6 +144,10 @@ def request_spans(record: RequestRecord, info: RunInfo, make: Any = None) -> Ite
         queued = stretch.phase == "queue"
         about = (stretch.cause, visit) if queued else (stretch.first_step, stretch.last_step)
         yield _row(_PHASES[stretch.phase], trace, visit, parent, stretch.start, stretch.end, *about)
+    for n, move in enumerate(record.transfers):
+        moved = (move.source, move.destination, move.tokens, move.bytes, move.reserved - move.ready)
+        times = (move.queue_ns, move.wire_ns)
+        yield _row(_TRANSFER, trace, n, parent, move.ready, move.end, None, None, None, *moved, *times)
 
 
 def step_spans(
@@ -202,7 +206,7 @@ def step_spans(
     if plan.swap_out or plan.swap_in or plan.copies:
         kinds = (plan.swap_out, plan.swap_in, plan.copies)
         moved = [sum(len(move.pairs) for move in moves) for moves in kinds]
-        yield _row(_TRANSFER, trace, index, row.span_id, planned, ready, *moved)
+        yield _row(_TRANSFER, trace, index, row.span_id, planned, ready, *moved, *_NO_REPLICAS)
     prepared = ready + timing.prepare_ns
     forwarded = prepared + timing.forward_ns
     samples = plan.samples
@@ -344,4 +348,5 @@ _STEP, _PLAN, _EXECUTE, _COMMIT = (BOUNDARIES[f"step{part}"] for part in ("", ".
 _PREPARE, _FORWARD, _SAMPLE = (BOUNDARIES[f"step.{part}"] for part in ("prepare", "forward", "sample"))
 _ALLOCATE, _EVICT, _RELEASE = (BOUNDARIES[f"kv.{part}"] for part in ("allocate", "evict", "release"))
 _RANK = BOUNDARIES["step.rank"]
+_NO_REPLICAS = (None,) * 7
 _TRANSFER, _COMPACT, _SCALE = (BOUNDARIES[name] for name in ("kv.transfer", "kv.compact", "gateway.scale"))

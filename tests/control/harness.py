@@ -65,7 +65,7 @@ def engine(
 
 def fleet_of(core: EngineCore) -> Fleet:
     """The core as a fleet of one, for a gateway to stand before."""
-    return Fleet(lambda index: core, Fixed(), FleetSpec(), observer=core._observer)
+    return Fleet(lambda index, slot: core, Fixed(), FleetSpec(), observer=core._observer)
 
 
 def commit(core: EngineCore, plan: StepPlan, now: int, token: int = 0) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord
+from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord, Transfer
 from lab.control.plan import GENESIS, Compaction, Move, RankTiming, StepPlan, StepTiming, Work, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment
 from lab.observe.identity import RunInfo, workload_id
@@ -73,6 +73,8 @@ class _Life:
             intervals=tuple(self.intervals),
             output=tuple(range(len(self.times))),
             dropped_tokens=self.computed_tokens // 3,
+            transfers=(Transfer(0, 1, 7, 700, now - 9, now - 6, now - 5, now - 1),)
+            * (self.seq % 4 == 3 and now > 400 + 9),
         )
 
 

@@ -499,7 +499,7 @@ def drive(
     core = EngineCore(
         policy, Lru(), capacity=capacity, limits=limits, prefix_cache=False, observer=observer, **options
     )
-    fleet = Fleet(lambda replica: core, Fixed(), FleetSpec())
+    fleet = Fleet(lambda replica, slot: core, Fixed(), FleetSpec())
     control = ControlPlane(Gateway(Always(), Single(), fleet, observer), fleet)
     Simulation(control, SimExecutor(cost, capacity), requests).run()
     core.check()
