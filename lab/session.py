@@ -26,6 +26,7 @@ from lab.live import Watch
 from lab.observe.environment import environment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.logs import JsonLog
+from lab.observe.metrics import Power
 from lab.observe.recorder import Recorder
 from lab.observe.rundir import RunDirectory
 
@@ -128,6 +129,7 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
             info,
             block_size=backend.capacity.block_size,
             wall_s=wall,
+            power=_power(backend, control),
             workload=side.requests,
             partial=_because(ended),
             more=more,
@@ -183,7 +185,9 @@ def _run_streaming(
         log.close()
         stream.abandon()
     _account(side, directory)
-    directory.write_json("metrics.json", stream.tally.result(stream.sums, stream.fleet, wall))
+    directory.write_json(
+        "metrics.json", stream.tally.result(stream.sums, stream.fleet, wall, _power(side.backend, control))
+    )
     if ended is None:
         directory.finish()
         return Ran(directory.path, Recorder(), info)
@@ -196,6 +200,12 @@ def _account(side: Side, directory: RunDirectory) -> None:
     said: dict[str, Any] = getattr(side.backend, "account", dict)()
     if said:
         directory.write_json("cost.json", said)
+
+
+def _power(backend: Backend, control: ControlPlane) -> dict[int, Power]:
+    """By replica, where the backend knows what its devices draw and cost: for each place of the topology, or one."""
+    known: Sequence[Power] = getattr(backend, "power", ())
+    return {index: known[min(slot, len(known) - 1)] for index, slot in control.fleet.slots.items() if known}
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits
 from lab.errors import ConfigError, ModelError, ReplayError
+from lab.observe.metrics import Power
 from lab.topology import GroupConfig
 from sim import hardware, model_shape
 from sim.capacity import RESERVED_GIB, blocks_that_fit
@@ -68,6 +69,8 @@ class SimBackend:
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
         self._link, self._failures = link, failures
+        models = [model for model, _ in replicas] or [cost]
+        self.power = [_power(model) for model in models if isinstance(model, PhysicalCost)]
         self._mechanisms, self._console = mechanisms or MechanismsConfig(), console
         self.executor = SimExecutor(self._timed(cost, capacity), capacity, outputs or {})
         self.replicas = tuple(replicas)
@@ -154,10 +157,11 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
 
 def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend:
     """A device that needn't be there, described; and KV blocks as many as fit on it."""
-    groups = [(group_config(cfg, group), group.count) for group in cfg.topology.groups.values()]
     replicas: list[tuple[PhysicalCost, Capacity]] = []
-    for own, count in groups:
-        replicas += [(model := shaped_cost(own), _described_capacity(own, model))] * count
+    for group in cfg.topology.groups.values():
+        own = group_config(cfg, group)
+        model = shaped_cost(own, group)
+        replicas += [(model, _described_capacity(own, model))] * group.count
     cost = replicas[0][0] if replicas else shaped_cost(cfg)
     capacity = beside.capacity if beside is not None else _described_capacity(cfg, cost)
     about: dict[str, Any] = {
@@ -185,6 +189,11 @@ def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend
         link=_link(cfg, replicas),
         failures=_failures(cfg),
     )
+
+
+def _power(cost: PhysicalCost) -> Power:
+    device = cost.hardware
+    return Power(cost.parallel.devices, device.idle_w, device.tdp_w, device.price_per_hour)
 
 
 def _failures(cfg: Config) -> list[Failure]:
@@ -223,8 +232,8 @@ def group_config(cfg: Config, group: GroupConfig) -> Config:
     return replace(cfg, cost=cost)
 
 
-def shaped_cost(cfg: Config) -> PhysicalCost:
-    """The cost model that `cost=roofline` and its like ask for."""
+def shaped_cost(cfg: Config, group: GroupConfig | None = None) -> PhysicalCost:
+    """The cost model that `cost=roofline` and its like ask for; of a replica group."""
     wanted = cfg.cost
     shape = model_shape.load(wanted.model or cfg.model.name)
     shape = shape.quantised(wanted.weights or "", wanted.kv or "")
@@ -232,12 +241,17 @@ def shaped_cost(cfg: Config) -> PhysicalCost:
         wanted.tensor_parallel or cfg.engine.tensor_parallel,
         wanted.pipeline_parallel or cfg.engine.pipeline_parallel,
         wanted.microbatches,
+        *((group.ep or 1, group.imbalance) if group is not None else ()),
     )
     given = {field.name: getattr(wanted, field.name) for field in fields(Coefficients)}
     base = PERFECT if wanted.name == "roofline" else MEASURED
     coefficients = replace(base, **{key: value for key, value in given.items() if value is not None})
     device = hardware.load(wanted.hardware or "h100_sxm")
     graphs = GRAPH_SIZES if cfg.mechanisms.graph_padding else ()
+    if wanted.tables is not None and parallel.expert > 1:
+        raise ConfigError(
+            "no kernels were measured with experts shared out (ep); expected cost=physical or roofline."
+        )
     if wanted.tables is None:
         return PhysicalCost(shape, device, coefficients, parallel, graphs)
     from sim.cost import table_files

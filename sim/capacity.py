@@ -39,7 +39,7 @@ def blocks_that_fit(
     reserved_gib: float = RESERVED_GIB,
 ) -> int:
     """Blocks of `block_size` tokens that every device of a replica holds its share of. Raises `ConfigError`."""
-    weights = shape.weight_bytes / parallel.devices
+    weights = parallel.weight_bytes(shape)
     step = largest_step(shape, token_budget, max_seqs, parallel.tensor)
     room = hardware.memory_bytes * utilization - weights - step - reserved_gib * GIB
     stage = -(-shape.layers // parallel.pipeline)

@@ -34,8 +34,16 @@ _OTHERS = (
         ("swapped_blocks", "", "blocks swapped"),
     ),
     (
+        ("energy.kwh_per_million_output_tokens", "Energy (estimate)", "kWh/M output"),
+        ("cost.usd_per_million_output_tokens", "Cost (estimate)", "USD/M output"),
+        ("transfer.bytes", "KV transfers", "bytes"),
+        ("transfer_queue_ms.p99", "", "queue p99, ms"),
+        ("transfer_wire_ms.p99", "", "wire p99, ms"),
+    ),
+    (
         ("fleet.most_replicas", "Fleet", "most replicas"),
         ("fleet.cold_starts", "", "cold starts"),
+        ("fleet.failures", "", "failures"),
         ("fleet.replica_seconds", "", "replica-seconds"),
     ),
     (
@@ -56,6 +64,9 @@ def rows(known: Mapping[str, object], values: Callable[[str], list[Any]]) -> Ite
     there were none. `values` of a metric: one for each side."""
     if "swapped_blocks" in known and not any(values("swapped_blocks")):
         known = {key: value for key, value in known.items() if key != "swapped_blocks"}
+    for key in [key for key in known if key.startswith(("energy.", "cost.", "transfer"))]:
+        if not any(values(key)):
+            known = {other: value for other, value in known.items() if other != key}
     if "fleet.most_replicas" in known and max(values("fleet.most_replicas")) < 2:
         known = {key: value for key, value in known.items() if not key.startswith("fleet.")}
     for metric, label in _LATENCIES.items():

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
+from types import MappingProxyType
 from typing import Any
 
 from lab.control.observer import FleetEvent, RequestRecord, StepRecord, StepTotals
@@ -95,6 +96,17 @@ METRICS: tuple[Metric, ...] = (
            "it was gone", "s"),
     Metric("fleet.most_replicas", "most replicas up at once, those that start or drain included", "replicas"),
     Metric("fleet.cold_starts", "replicas that were started during the run", "replicas"),
+    Metric("fleet.failures", "replicas that were lost during the run", "replicas"),
+    Metric("energy.kwh", "estimate: sum over replicas of devices * (idle_w * time up + (tdp_w - idle_w) * time in "
+           "steps), with the powers of the hardware description; null where nothing is described", "kWh"),
+    Metric("energy.kwh_per_million_output_tokens", "energy.kwh / output tokens in millions", "kWh"),
+    Metric("energy.busy_ratio", "time in steps / time up, over replicas", "ratio"),
+    Metric("cost.usd", "estimate: sum over replicas of devices * price_per_hour * time up", "USD"),
+    Metric("cost.usd_per_million_output_tokens", "cost.usd / output tokens in millions", "USD"),
+    Metric("transfer.requests", "moves of a request's KV from one replica to another", "moves"),
+    Metric("transfer.bytes", "bytes of them", "bytes"),
+    _latency("transfer_queue_ms", "waiting of each move, for room at its destination and for the link"),
+    _latency("transfer_wire_ms", "time of each move on the link, its latency included"),
     Metric("ingest.lag_p99_ms", "wall time from the intended arrival until the request was taken in, which is part "
            f"of every latency above, {_ALL}; null under a virtual clock", "ms"),
     Metric("ingest.lag_max_ms", "the longest of these", "ms"),
@@ -107,7 +119,23 @@ METRICS: tuple[Metric, ...] = (
 )  # fmt: skip
 
 
-def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What one replica draws and costs: devices, watts of each when idle and at most, and USD an hour of each."""
+
+    devices: int
+    idle_w: float
+    tdp_w: float
+    price_per_hour: float
+
+
+def summarise(
+    recorded: Recorded,
+    *,
+    block_size: int,
+    wall_s: float | None = None,
+    power: Mapping[int, Power] = MappingProxyType({}),
+) -> dict[str, Any]:
     """The content of `metrics.json`: nested dicts whose leaves are numbers, strings or null."""
     tally = Tally(block_size)
     tally.add(recorded.requests)
@@ -117,7 +145,7 @@ def summarise(recorded: Recorded, *, block_size: int, wall_s: float | None = Non
         total = totals.setdefault(step.replica, StepTotals())
         total.step(step.start, step.timing.total_ns, blocks, step.blocks_held, step.plan.digest)
         total.decided(step.plan, step.evicted)
-    return tally.result(totals, recorded.fleet, wall_s)
+    return tally.result(totals, recorded.fleet, wall_s, power)
 
 
 class Tally:
@@ -138,6 +166,8 @@ class Tally:
         self._foreseen: list[int] = []
         self._true: list[int] = []
         self._lags: list[int] = []
+        self._moves: dict[str, list[int]] = {"queue": [], "wire": []}
+        self._moved = 0
         self._first: int | None = None
         self._last = 0
         self.requests = 0
@@ -151,6 +181,10 @@ class Tally:
             self._outcomes[record.outcome] += 1
             sums["computed"] += record.computed_tokens
             self._lags.append(record.decision.ingest_lag)
+            for move in record.transfers:
+                self._moves["queue"].append(move.queue_ns)
+                self._moves["wire"].append(move.wire_ns)
+                self._moved += move.bytes
             if self._first is None or arrival < self._first:
                 self._first = arrival
             self._last = max(self._last, record.end)
@@ -193,9 +227,13 @@ class Tally:
         self._folded.append(np.unique(gaps[keep], return_counts=True))
 
     def result(
-        self, totals: Mapping[int, StepTotals], fleet: Sequence[FleetEvent], wall_s: float | None
+        self,
+        totals: Mapping[int, StepTotals],
+        fleet: Sequence[FleetEvent],
+        wall_s: float | None,
+        power: Mapping[int, Power] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """The content of `metrics.json`; `totals` by replica."""
+        """The content of `metrics.json`; `totals` and `power` by replica."""
         sums, ran = self._sums, [total for total in totals.values() if total.steps]
         ends = [self._last] * bool(self.requests) + [total.end for total in ran]
         starts = [self._first] if self._first is not None else [total.start for total in ran]
@@ -236,6 +274,10 @@ class Tally:
             "swapped_blocks": sum(total.moved for total in ran),
             "prediction": _prediction(self._foreseen, self._true),
             "fleet": _fleet(fleet),
+            **_bill(totals, fleet, power, sums["output"]),
+            "transfer": {"requests": len(self._moves["wire"]), "bytes": self._moved},
+            "transfer_queue_ms": _stats(self._moves["queue"]),
+            "transfer_wire_ms": _stats(self._moves["wire"]),
             "ingest": _ingest(self._lags),
             "steps": sum(total.steps for total in ran),
             "duration_s": duration,
@@ -363,16 +405,59 @@ def _ingest(lags_ns: Sequence[int]) -> dict[str, float | None]:
 
 
 def _fleet(events: Sequence[FleetEvent]) -> dict[str, float]:
-    since: dict[int, int] = {}
-    total = most = 0
+    up: set[int] = set()
+    most = 0
     for event in events:
         if event.event == "gone":
-            total += event.at - since.pop(event.replica)
+            up.remove(event.replica)
+        else:
+            up.add(event.replica)
+        most = max(most, len(up))
+    starts = sum(event.event == "start" for event in events)
+    return {
+        "replica_seconds": sum(_up(events).values()) / 1e9,
+        "most_replicas": most,
+        "cold_starts": starts,
+        "failures": sum(event.event == "gone" and event.reason == "failed" for event in events),
+    }
+
+
+def _up(events: Sequence[FleetEvent]) -> dict[int, int]:
+    """By replica, how long it was up."""
+    since: dict[int, int] = {}
+    up: dict[int, int] = {}
+    for event in events:
+        if event.event == "gone":
+            up[event.replica] = event.at - since.pop(event.replica)
         else:
             since.setdefault(event.replica, event.at)
-        most = max(most, len(since))
-    starts = sum(event.event == "start" for event in events)
-    return {"replica_seconds": total / 1e9, "most_replicas": most, "cold_starts": starts}
+    return up
+
+
+def _bill(
+    totals: Mapping[int, StepTotals], events: Sequence[FleetEvent], power: Mapping[int, Power], tokens: int
+) -> dict[str, dict[str, float | None]]:
+    """Energy and cost of what was up, busy or not."""
+    energy = dict.fromkeys(("kwh", "kwh_per_million_output_tokens", "busy_ratio"))
+    cost = dict.fromkeys(("usd", "usd_per_million_output_tokens"))
+    found: dict[str, dict[str, float | None]] = {"energy": {**energy}, "cost": {**cost}}
+    up = {replica: time / 3.6e12 for replica, time in _up(events).items() if replica in power}
+    if not up:
+        return found
+    busy = {replica: totals[replica].time_ns / 3.6e12 if replica in totals else 0.0 for replica in up}
+    kwh = usd = 0.0
+    for replica, hours in up.items():
+        own = power[replica]
+        kwh += own.devices * (own.idle_w * hours + (own.tdp_w - own.idle_w) * busy[replica]) / 1000
+        usd += own.devices * own.price_per_hour * hours
+    ratio = _ratio(sum(busy.values()), sum(up.values()))
+    found["energy"] = {
+        "kwh": kwh,
+        "kwh_per_million_output_tokens": _ratio(kwh * 1e6, tokens),
+        "busy_ratio": ratio,
+    }
+    found["cost"] = {"usd": usd, "usd_per_million_output_tokens": _ratio(usd * 1e6, tokens)}
+    return found
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -28,7 +28,7 @@ from lab.observe import export
 from lab.observe.boundaries import SCHEMA_VERSION
 from lab.observe.claim import COMPLETE, INCOMPLETE, PARTIAL, SUCCESS, Lock, take
 from lab.observe.identity import RunInfo
-from lab.observe.metrics import summarise
+from lab.observe.metrics import Power, summarise
 from lab.observe.prometheus import prometheus_text
 from lab.observe.recorder import Recorded
 from lab.observe.spans import spans
@@ -111,6 +111,7 @@ class RunDirectory:
         *,
         block_size: int,
         wall_s: float | None = None,
+        power: Mapping[int, Power] = MappingProxyType({}),
         workload: Iterable[Request] | None = None,
         partial: str | None = None,
         more: Mapping[str, Callable[[Path], object]] = MappingProxyType({}),
@@ -123,7 +124,7 @@ class RunDirectory:
         it: the first failure is raised at the end, and marked.
         """
         requests = [record.request for record in recorded.requests] if workload is None else list(workload)
-        summary = summarise(recorded, block_size=block_size, wall_s=wall_s)
+        summary = summarise(recorded, block_size=block_size, wall_s=wall_s, power=power)
         text = prometheus_text(recorded, model=info.model)
         steps = recorded.steps
         writers: dict[str, Callable[[Path], object]] = {

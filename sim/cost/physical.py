@@ -70,10 +70,15 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     microbatches: int = 1
+    expert: int = 1
+    """Devices that share out the experts of each layer whole; every one serves its own part of the requests, with
+    weights of its own for all else."""
+    imbalance: float = 1.0
+    """Of the experts' work, the busiest device's share over the mean."""
 
     @property
     def devices(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.expert
 
     def check(self, shape: ModelShape) -> None:
         """Raises `ConfigError` where the model can't be cut like that."""
@@ -88,8 +93,35 @@ class Parallel:
                 "most as many."
             )
 
+        if self.expert == 1:
+            return
+        count = shape.mixture.count if shape.mixture else 0
+        if not count or count % self.expert:
+            raise ConfigError(
+                f"experts are shared out over {self.expert} devices, and {shape.name} has {count or 'no'} experts; "
+                "expected a divisor of their number."
+            )
+        if self.tensor * self.pipeline > 1:
+            raise ConfigError(
+                f"experts are shared out over {self.expert} devices; expected tp=1 and pp=1 beside ep, not "
+                f"{self.tensor} and {self.pipeline}."
+            )
+
+    def weight_bytes(self, shape: ModelShape) -> float:
+        """What each device holds of the weights."""
+        if self.expert == 1:
+            return shape.weight_bytes / self.devices
+        sparse = sum(kind.count for kind in shape.kinds if kind.sparse)
+        experts = (
+            sparse * (shape.mixture.count if shape.mixture else 0) * shape.expert_linear * shape.weight_width
+        )
+        return shape.weight_bytes - experts * (1 - 1 / self.expert)
+
     def kv_share(self, shape: ModelShape) -> float:
-        """Of a layer's KV, what each of its devices holds: heads can't be cut, and a latent vector is everybody's."""
+        """Of a layer's KV, what each of its devices holds: heads can't be cut, and a latent vector is everybody's.
+        Where devices serve requests of their own, each holds its own ones'."""
+        if self.expert > 1:
+            return 1 / self.expert
         if shape.mla is not None:
             return 1.0
         return -(-shape.kv_heads // self.tensor) / shape.kv_heads
@@ -167,9 +199,13 @@ class PhysicalCost:
         if not rows:
             return StepCost()
         attention, kv_read = self.attention(decodes, items)
-        microbatches = self.parallel.microbatches
+        microbatches, expert = self.parallel.microbatches, self.parallel.expert
+        if expert > 1:  # requests are shared out evenly
+            attention, kv_read, seqs_each = attention / expert, kv_read / expert, -(-seqs // expert)
+        else:
+            seqs_each = seqs
         weights = self.linear(self.padded(rows) / microbatches) * self._rounds
-        weights += self.head(seqs / microbatches) * microbatches
+        weights += self.head(seqs_each / microbatches) * microbatches
         ratio = self._rounds / microbatches
         c = self.coefficients
         host = c.layer_us * self.shape.layers * self._rounds + c.sequence_us * seqs + c.step_us
@@ -191,7 +227,7 @@ class PhysicalCost:
 
     def linear(self, rows: float) -> float:
         """All linear layers, for this many tokens."""
-        return self.dense_time(rows) + self.expert_time(rows)
+        return self.dense_time(rows / self.parallel.expert) + self.expert_time(rows)
 
     def dense_time(self, rows: float) -> float:
         """The same but for the experts."""
@@ -203,7 +239,9 @@ class PhysicalCost:
         if self.shape.mixture is None:
             return 0.0
         per_row, reading = self._experts
-        return max(rows * per_row, self.shape.mixture.touched(rows) * reading)
+        each = self.parallel.imbalance / self.parallel.expert  # the busiest device's part
+        own = self.shape.mixture.count / self.parallel.expert  # it has no more of them to read
+        return max(rows * per_row * each, min(self.shape.mixture.touched(rows) * each, own) * reading)
 
     def head(self, seqs: float) -> float:
         """The LM head: one row a request, whether its token is wanted or not (as in vLLM)."""
@@ -248,7 +286,24 @@ class PhysicalCost:
             link = self._stage_link
             sends = parallel.microbatches + parallel.pipeline - 2
             took += sends * (max(launch, link.latency_s) + part * hidden * width / link.bytes_s)
+        if parallel.expert > 1:
+            sparse = sum(kind.count for kind in shape.kinds if kind.sparse)
+            took += 2 * sparse * (max(launch, self._stage_link.latency_s) + self.dispatch_s(rows))
         return took
+
+    def dispatch_bytes(self, rows: float) -> float:
+        """What one device sends to others before, and gets back after, one layer's experts: each of its tokens once
+        for each chosen expert that lies elsewhere."""
+        expert, mixture = self.parallel.expert, self.shape.mixture
+        if mixture is None:
+            return 0.0
+        chosen = rows / expert * mixture.per_token
+        return chosen * (expert - 1) / expert * self.shape.hidden * self.shape.width
+
+    def dispatch_s(self, rows: float) -> float:
+        """One all-to-all: as long as the busiest device's."""
+        busiest = self.dispatch_bytes(rows) * self.parallel.imbalance
+        return busiest / (self._stage_link.bytes_s * self.coefficients.link)
 
     @property
     def launch_s(self) -> float:

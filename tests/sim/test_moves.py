@@ -53,13 +53,14 @@ def serve(
     recorder = Recorder()
     control = assemble(spec, capacity, recorder, requests, aggregate=more.pop("aggregate", True))
     executor = SimExecutor(cost or Cost(), capacity)
-    Simulation(control, executor, requests, link=link, failures=failures).run()
+    simulation = Simulation(control, executor, requests, link=link, failures=failures)
+    simulation.run()
     for core in control.fleet.cores:
         core.check()
         assert core.pool.held == 0
         assert not core.has_work
         assert not core._leaving
-    control.fleet.close(0)
+    control.fleet.close(simulation.now)
     return recorder, {record.request.id: record for record in recorder.requests}
 
 
