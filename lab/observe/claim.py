@@ -22,6 +22,7 @@ TABLES = ("workload", "requests", "steps", "plans", "fleet", "spans")
 FILES = (
     "config.yaml",
     "environment.json",
+    "cost.json",
     *(f"{table}.parquet" for table in TABLES),
     "metrics.json",
     "metrics.prom",

@@ -48,7 +48,7 @@ def test_a_saved_run_is_complete_and_gives_back_what_was_recorded(tmp_path: Path
     saved(tmp_path / "run", recorder)
     run = load(tmp_path / "run")
     assert run.partial is None
-    later = {"log.jsonl", "spans.otlp.jsonl", "timeline.perfetto-trace", "report.html"}
+    later = {"cost.json", "log.jsonl", "spans.otlp.jsonl", "timeline.perfetto-trace", "report.html"}
     assert names(run.path) == {*FILES, "_SUCCESS"} - later
     again = run.recorded()
     assert again.steps == recorder.steps
