@@ -4,7 +4,7 @@ Protobuf in Perfetto's own format, which ui.perfetto.dev opens. Time 0 is where 
 simulated run of one workload lie over each other:
 
     process for each run      real, sim
-    ├── requests              a track for each request: waiting, prefill, decode
+    ├── requests              a track for each request: waiting, prefill, decode; below it where its KV moved
     ├── replica N             the steps, one after the other, with what lies in them
     │   ├── rank N            each rank's part, where several compute
     │   └── counters          KV blocks held, cached, free; requests running, waiting; the batch
@@ -20,7 +20,7 @@ import functools
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab.observe.boundaries import BOUNDARIES, Boundary, Value
 from lab.observe.plain import PlainSpan
@@ -74,6 +74,7 @@ _BATCH = _places("step.execute", "lab.batch.requests", "lab.batch.prefill_tokens
 _REQUEST = _places("request", "lab.request.id", "lab.replica")
 _STEP = _places("step", "lab.step.index", "lab.replica")
 _RANK = _places("step.rank", "lab.rank")[0]
+_MOVED_TO = _places("kv.transfer", "lab.transfer.destination")[0]
 
 
 def write_timeline(path: Path, runs: Sequence[tuple[str, Iterable[PlainSpan]]]) -> int:
@@ -89,6 +90,14 @@ def write_timeline(path: Path, runs: Sequence[tuple[str, Iterable[PlainSpan]]]) 
             side.close()
         out.flush()
     return written
+
+
+class _Flow(NamedTuple):
+    """An arrow from a stretch of a request's life, which began and ended then."""
+
+    number: int
+    start: int
+    end: int
 
 
 class _Out:
@@ -199,8 +208,12 @@ class _Side:
         self._requests = 0
         self._gateway = 0
         self._replicas: dict[int, _Replica] = {}
-        self._flows: dict[tuple[int, int], list[int]] = {}
+        self._flows: dict[tuple[int, int], list[_Flow]] = {}
         """Replica and step -> arrows that end there."""
+        self._begun: list[tuple[int, _Flow]] = []
+        """Of the request at hand: the steps that its arrows lead to."""
+        self._moves = 0
+        """Track of its moves to another replica."""
         self._track = 0
         self._replica = -1
         self._ranks: dict[str, int] = {}
@@ -222,7 +235,11 @@ class _Side:
             track = self._ranks[span.parent_span_id]
         elif name in ("request.prefill", "request.decode"):
             flows = (self._out.number(),)
-            self._flows.setdefault((self._replica, int(span.values[0])), []).extend(flows)  # type: ignore[arg-type]
+            arrow = (int(span.values[0]), _Flow(flows[0], span.start, span.end))  # type: ignore[arg-type]
+            self._begun.append(arrow)
+            self._flows.setdefault((self._replica, arrow[0]), []).append(arrow[1])
+        elif name == "kv.transfer" and span.values[_MOVED_TO] is not None:
+            track = self._moved(span)
         open_here = self._open.setdefault(track, [])
         if any(own == span.parent_span_id for own, _ in open_here):
             while open_here[-1][0] != span.parent_span_id:
@@ -255,16 +272,30 @@ class _Side:
             replica.ended = span.end
             self._track, self._replica = replica.steps, number_of
             self._ranks.clear()
-            return self._flows.pop((number_of, index), ())
+            # A step of that number on a replica that the request had left (one that failed) is another one.
+            ending = self._flows.pop((number_of, index), ())
+            return [flow.number for flow in ending if flow.start <= span.start < flow.end]
         if span.boundary.name == "request":
             if not self._requests:
                 self._requests = out.track("requests", self._process, 0, number(11, _CHRONOLOGICAL))
             self._track = out.track(str(values[_REQUEST[0]]), self._requests)
             self._replica = int(values[_REQUEST[1]])  # type: ignore[arg-type]
+            self._begun, self._moves = [], 0
         else:
             self._gateway = self._gateway or out.track("gateway", self._process)
             self._track = self._gateway
         return ()
+
+    def _moved(self, span: PlainSpan) -> int:
+        """A track for moves, which waiting overlaps; arrows of what came after one lead to the new replica."""
+        before, there = self._replica, int(span.values[_MOVED_TO])  # type: ignore[arg-type]
+        self._replica = there
+        for step, flow in self._begun:
+            if flow.start >= span.start:
+                self._flows[before, step].remove(flow)
+                self._flows.setdefault((there, step), []).append(flow)
+        self._moves = self._moves or self._out.track("moves", self._track)
+        return self._moves
 
     def _at(self, index: int) -> _Replica:
         if index not in self._replicas:

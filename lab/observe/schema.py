@@ -116,7 +116,7 @@ _REQUESTS: Meanings = {
     "intervals": (
         "",
         "its life, without a gap from arrival to end: `phase` (`queue`, `prefill`, `decode`), `start_ns`, "
-        "`end_ns`, `cause` of waiting (`arrival`, `preempted`, `swapped`), and the steps that worked on it",
+        "`end_ns`, `cause` of waiting (`arrival`, `preempted`, `swapped`, `transfer`, `failed`), and the steps",
     ),
     "output": (
         "",
@@ -125,6 +125,11 @@ _REQUESTS: Meanings = {
     "logprobs": (
         "",
         "for each token its own log-probability and the likeliest others, where they were asked for",
+    ),
+    "transfers": (
+        "",
+        "moves of its KV to the replica that decodes it: `source`, `destination`, `tokens`, `bytes`, and when it was "
+        "ready, had room reserved, was sent and had arrived, in ns",
     ),
 }
 
@@ -207,7 +212,7 @@ _SPANS: Meanings = {
     "parent_span_id": ("", "null for the root of a trace"),
     "name": ("", "as declared"),
     "kind": ("", "`SERVER` for requests, else `INTERNAL`"),
-    "start_time_unix_nano": (NS, "run time plus the epoch below"),
+    "start_time_unix_nano": (NS, "run time plus the epoch above"),
     "end_time_unix_nano": (NS, "the same"),
     "plane": ("", "`control` decides, `data` computes"),
     "path": ("", "what moves: a `request`, `state` (KV blocks), an `observation`"),
@@ -230,7 +235,7 @@ _SHAPES = {
     "intervals": "list<struct>",
     "biases": "list<struct>",
 }
-_SHAPES |= dict.fromkeys(("moves", "compactions", "ranks", "logprobs"), "list<struct>")
+_SHAPES |= dict.fromkeys(("moves", "compactions", "ranks", "logprobs", "transfers"), "list<struct>")
 
 
 def page() -> str:

@@ -157,6 +157,8 @@ def test_slices_lie_in_their_parents_on_the_track_of_their_trace(
         if span.parent_span_id is None or span.boundary.name == "step.rank":
             return None
         parent = by_id[span.trace_id, span.parent_span_id]
+        if (span.boundary.name, parent.boundary.name) == ("kv.transfer", "request"):
+            return None
         return parent.boundary.name if parent.end > parent.start else around(parent)
 
     expected = Counter((span.boundary.name, span.start, span.end, around(span)) for span in plain)
