@@ -33,7 +33,7 @@ from lab.policy import (
     ReplicaView,
     SchedulingPolicy,
 )
-from lab.state.blocks import Block, BlockPool
+from lab.state.blocks import Block, BlockPool, Table
 from lab.state.prefix import ContentChain
 from lab.state.tiers import HostTier
 
@@ -432,7 +432,7 @@ class EngineCore:
         if wanted - len(hits) + sum(block.refs == 0 for block in hits) > pool.available:
             return None
         pool.pin(hits, now, live.request)
-        live.blocks, live.published, live.computed = list(hits), len(hits), computed
+        live.blocks, live.computed = Table(hits), computed
         while len(live.blocks) < wanted:
             live.blocks.append(self._evicting("victim", pool.take, now))
         self._expect(live)
@@ -455,13 +455,9 @@ class EngineCore:
         pool, size = self.pool, self.pool.block_size
         full = live.computed // size
         if pool.prefix_cache and live.blocks:
-            keys = live.chain.upto(full)
-            for depth in range(live.published, full):
-                before = live.blocks[depth - 1] if depth else None
-                self._evicting(
-                    "on_cached", pool.publish, live.blocks[depth], before, keys, depth, now, live.request
-                )
-            live.published = full
+            self._evicting(
+                "on_cached", pool.publish_next, live.blocks, live.chain, full, now, live.request
+            )
         if self._joins_late and self._in_flight is not None:
             self._late.append(live)
             self._repeats = 0
@@ -481,10 +477,10 @@ class EngineCore:
         for live in reversed(self._waiting.values()):
             if live.blocks:
                 self._load.to_compute += live.computed
-                live.computed, live.published = 0, 0
+                live.computed = 0
                 live.preemptions += 1
                 self._evicting("on_evictable", self.pool.release, live.blocks, now)
-                live.blocks = []
+                live.blocks = Table()
                 return True
         return False
 
@@ -853,7 +849,7 @@ class EngineCore:
         self._observer.on_request(record)
         self._evicting("on_evictable", self.pool.release, live.blocks, now)
         self.host.release(live.host)
-        live.blocks, live.host = [], []
+        live.blocks, live.host = Table(), []
         said = reason if outcome == "finished" else outcome
         if not unheard:
             self._call(self.policy.on_finish, live.view, said, now)

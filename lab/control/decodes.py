@@ -137,17 +137,15 @@ class Decodes:
         taken: list[tuple[RequestId, tuple[BlockId, ...]]] = []
         if needing:
             for live, block in zip(needing, pool.take_run(len(needing), now), strict=True):
-                live.blocks.append(block)
+                table = live.blocks
+                if not table.sealed:
+                    block.clear(1)
+                table.append(block)
                 taken.append((live.request.id, (block.id,)))
         if pool.prefix_cache:
             for live in filling:
-                depth = live.published
-                blocks = live.blocks
-                keys = live.chain.upto(depth + 1)
-                pool.publish(
-                    blocks[depth], blocks[depth - 1] if depth else None, keys, depth, now, live.request
-                )
-                live.published = depth + 1
+                if not live.blocks.goes_on(live.chain.endless):
+                    pool.publish_next(live.blocks, live.chain, live.blocks.published + 1, now, live.request)
         return taken
 
     def peek(self) -> Decoding:

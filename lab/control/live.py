@@ -11,7 +11,7 @@ from lab.control.observer import Decision, Interval, Outcome, Phase, RequestReco
 from lab.control.plan import TokenLogprobs
 from lab.control.request import Request, RequestId
 from lab.policy import NEVER, KvKeep
-from lab.state.blocks import Block
+from lab.state.blocks import Table
 from lab.state.prefix import ContentChain
 
 if TYPE_CHECKING:
@@ -129,7 +129,6 @@ class LiveRequest:
         "predicted",
         "preemptions",
         "prompt_tokens",
-        "published",
         "request",
         "seen",
         "seq",
@@ -158,11 +157,9 @@ class LiveRequest:
         """What KV compression lets it keep, and the most tokens of KV that it then ever holds."""
         self.granted = 0
         """Tokens granted in the step being built."""
-        self.blocks: list[Block] = []
+        self.blocks = Table()
         self.host: list[int] = []
         """Host blocks that hold the KV of its `computed` tokens while it waits swapped out."""
-        self.published = 0
-        """Leading blocks whose content has been published."""
         self.output: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         stream = request.output_stream if request.output_len is not None else None

@@ -23,7 +23,7 @@ from lab.control.plan import NO_DECODES, Compaction, Move, Work
 from lab.control.request import RequestId
 from lab.errors import ConfigError, PolicyError
 from lab.policy import Grant, How, PreemptionPolicy, RequestView, Shortage
-from lab.state.blocks import Block, BlockPool
+from lab.state.blocks import Block, BlockPool, Table
 from lab.state.tiers import HostTier
 
 _CONTROL = os.path.join("lab", "control")
@@ -155,7 +155,7 @@ class StepBuilder:
         dropped: Counter[int] = Counter()
         freed = 0
         for victim in victims:
-            for block in self._find(victim, "fits_without").blocks:
+            for block in self._pool.opened(self._find(victim, "fits_without").blocks):
                 dropped[block.id] += 1
                 freed += dropped[block.id] == block.refs  # a shared block is freed by its last holder
         hits = self._hits(live)
@@ -164,7 +164,7 @@ class StepBuilder:
 
     def frees(self, request: RequestView | RequestId) -> int:
         live = self._find(request, "frees")
-        return sum(block.refs == 1 for block in live.blocks)
+        return sum(block.refs == 1 for block in self._pool.opened(live.blocks))
 
     def estimate(self, prefill_tokens: int = 0, decodes: int = 0, context_tokens: int = 0) -> int:
         return self._estimate(prefill_tokens, decodes, context_tokens)
@@ -313,7 +313,7 @@ class StepBuilder:
             live.computed = live.dropped = 0
         self._pool.release(live.blocks, self.now)
         live.status = "waiting"
-        live.blocks, live.published = [], 0
+        live.blocks = Table()
         live.preemptions += 1
         live.enter("queue", self.now, "swapped" if how == "swap" else "preempted")
         self.preempted.append((live, how))
@@ -345,8 +345,9 @@ class StepBuilder:
         live.status = "running"
         came = bool(live.blocks)  # with its KV, from another replica
         if not came:
-            live.blocks = hits
-            live.published = len(hits)
+            # What several sequences of one parent share, and what compression cuts, is looked at block by block.
+            own = self._pool.by_release and live.keep is None and not live.group
+            live.blocks = Table(hits, own, live.request)
         live.computed = ready
         self._on_admit(live, live.computed - kept)
         if not (live.preemptions or came):
@@ -406,32 +407,29 @@ class StepBuilder:
         `begun`: content is copied to where the first block that is taken begins.
         """
         pool, now, size, user = self._pool, self.now, self._pool.block_size, live.request
-        wanted = -(-tokens // size)
+        wanted, table = -(-tokens // size), live.blocks
+        missing = wanted - len(table)
         if not pool.prefix_cache:
-            while len(live.blocks) < wanted:
-                live.blocks.append(pool.take(now))
+            if missing > 0:
+                pool.grow(table, missing, now)
             return
         full = tokens // size
         # What is copied may end within a block: a cached block with all of that content must not be taken for it,
         # since the copy would overwrite its end.
         knowable = min(wanted, full if begun else live.known // size)
-        published = live.published
-        keys = live.chain.upto(knowable) if knowable > published else live.chain.keys
-        missing = wanted - len(live.blocks)
-        if missing > 1 and pool.by_release and pool.unknown(keys[published + 1 : knowable + 1]):
-            live.blocks += pool.take_run(missing, now)
-            pool.publish_run(live.blocks, keys, published, full, user)
-            live.published = full
-            return
-        while len(live.blocks) < wanted:
-            depth = len(live.blocks)
+        if table.sealed:
+            if pool.unknown(live.chain.runs(table.published, knowable), table):
+                if missing > 0:
+                    pool.grow(table, missing, now)
+                pool.publish_runs(table, live.chain.runs(table.published, full))
+                return
+            pool.open(table)
+        keys = live.chain.upto(knowable)
+        while len(table) < wanted:
+            depth = len(table)
             key = keys[depth + 1] if depth < knowable else None
-            live.blocks.append(pool.take(now, key, live.blocks[-1] if depth else None, user))
-        while live.published < full:
-            depth = live.published
-            before = live.blocks[depth - 1] if depth else None
-            pool.publish(live.blocks[depth], before, keys, depth, now, user)
-            live.published += 1
+            table.append(pool.take(now, key, table[-1] if depth else None, user))
+        pool.publish_next(table, live.chain, full, now, user)
 
     def _hits(self, live: LiveRequest) -> list[Block]:
         """Cached leading blocks; at least the last known token is left to compute, since its logits are needed."""
@@ -443,6 +441,8 @@ class StepBuilder:
         if not pool.prefix_cache:
             return []
         limit = (live.known - 1) // pool.block_size
+        if not limit or pool.find(live.chain.upto(1)[1]) is None:
+            return []
         return pool.match(live.chain.upto(limit), limit)
 
     def _held(self, live: LiveRequest, tokens: int) -> int:

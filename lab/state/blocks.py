@@ -9,15 +9,22 @@ State path, control plane. Every block is in exactly one of three states:
 so free + cached + held = total, always (`check` says so in code). Content is published when the step that
 will compute it is planned, so two equal prompts in one step share. Chains are released tail first: when
 room runs short, a prompt loses its end before its beginning.
+
+Most content is one request's own. So what a request takes and publishes, and nobody else has touched, is kept as
+the `Table` that it stands in and a few runs of keys, whatever its length: such a table is *sealed*, and its blocks
+say nothing themselves. The first look at any of its content opens it, and each block speaks for itself from then on.
+Only where the victim is whoever was let go first are tables sealed: all other eviction policies watch each block.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from lab.errors import ConfigError, PolicyError
 from lab.policy import BlockId, EvictionPolicy, Request
+from lab.state.prefix import ContentChain, Run, key_of, keys_of, split
 
 
 class Block:
@@ -47,6 +54,48 @@ class Block:
     def __repr__(self) -> str:
         return f"Block({self.id}, refs={self.refs}, depth={self.depth}, key={self.key.hex()[:8] or None})"
 
+    def clear(self, refs: int) -> None:
+        """It holds nothing yet, for so many."""
+        self.key, self.depth, self.refs = b"", 0, refs
+        self.user = self.released = None
+
+
+class Table(list[Block]):
+    """A request's block table. While it is `sealed`, only the first `opened` of its blocks speak for themselves."""
+
+    __slots__ = ("depth", "held", "opened", "published", "runs", "sealed", "user")
+
+    def __init__(self, hits: Iterable[Block] = (), sealed: bool = False, user: Request | None = None) -> None:
+        super().__init__(hits)
+        self.published = self.opened = len(self)
+        """Leading blocks whose content is published."""
+        self.sealed, self.held, self.user = sealed, True, user
+        self.depth = 0
+        """Where its first block stands in its content: not 0 where others were cut off as it was let go."""
+        self.runs: list[SealedRun] = []
+        """The keys of the blocks from `opened` up to `published`."""
+
+    def goes_on(self, base: bytes | None) -> bool:
+        """Publish one more block, if its key is known to be the next of the last run. `base`: what it begins with."""
+        if not self.sealed or base is None or not self.runs or self.runs[-1].base is not base:
+            return False
+        self.runs[-1].count += 1
+        self.published += 1
+        return True
+
+
+class SealedRun:
+    """Published blocks of a sealed table whose keys differ in their number alone."""
+
+    __slots__ = ("base", "count", "first", "table")
+
+    def __init__(self, base: bytes, first: int, count: int, table: Table) -> None:
+        self.base, self.first, self.count, self.table = base, first, count, table
+
+
+_Entry: TypeAlias = SealedRun | dict[int, Block]
+"""The blocks whose keys have one base: all in one sealed table, or each by its number."""
+
 
 class BlockPool:
     """Reference-counted KV blocks with a content index. `eviction` chooses victims; the pool commits."""
@@ -71,7 +120,8 @@ class BlockPool:
         """Those that were ever taken, by id: the rest of a large pool costs nothing."""
         self._free: deque[Block] = deque()
         """Free blocks that were taken before; they are taken again after the untouched ones."""
-        self._index: dict[bytes, Block] = {}
+        self._index: dict[bytes, _Entry] = {}
+        """What is published, by the base of its key."""
         self.cached = 0
         """Blocks that are unreferenced but reusable."""
         self.allocated = self.evicted = self.released = 0
@@ -95,18 +145,29 @@ class BlockPool:
 
     def keys(self) -> frozenset[bytes]:
         """A copy of what can be hit now."""
-        return frozenset(self._index)
+        found: list[bytes] = []
+        for base, entry in self._index.items():
+            if isinstance(entry, SealedRun):
+                found += keys_of(base, entry.first, entry.count)
+            else:
+                found += [key_of(base, number) for number in entry]
+        return frozenset(found)
 
     def find(self, key: bytes) -> Block | None:
         """The block whose content has this key, if there is one."""
-        return self._index.get(key)
+        base, number = split(key)
+        entry = self._index.get(base)
+        if isinstance(entry, SealedRun):
+            self.open(entry.table)
+            entry = self._index.get(base)
+            assert isinstance(entry, dict)
+        return None if entry is None else entry.get(number)
 
     def match(self, keys: Sequence[bytes], limit: int) -> list[Block]:
         """The longest cached prefix of `keys[1:]`, at most `limit` blocks. Changes nothing."""
         found: list[Block] = []
-        index = self._index
         for key in keys[1 : limit + 1]:
-            block = index.get(key)
+            block = self.find(key)
             if block is None:
                 break
             found.append(block)
@@ -139,13 +200,18 @@ class BlockPool:
         With `key`, an unreferenced block that already has that content is taken in its place (its prefix
         was lost, or its last token must be computed again), so that a content is never cached twice.
         """
-        self.allocated += 1
-        if key is not None and (same := self._index.get(key)) is not None and same.refs == 0:
+        if key is not None and (same := self.find(key)) is not None and same.refs == 0:
+            self.allocated += 1
             self._reference(same, now)
             same.user = user
             if same.parent is not None and same.parent is not parent:
                 self._link(same, None, now)
             return same
+        if self.by_release:
+            block = self.take_run(1, now)[0]
+            block.clear(1)
+            return block
+        self.allocated += 1
         if len(self._blocks) < self.total:
             block = Block(len(self._blocks))
             self._blocks.append(block)
@@ -155,7 +221,10 @@ class BlockPool:
         return block
 
     def take_run(self, count: int, now: int) -> list[Block]:
-        """As many blocks as `count` calls of `take` without a key would give, in the same order."""
+        """As many blocks as `count` calls of `take` without a key would give, in the same order.
+
+        For a sealed table: what the blocks say themselves is out of date.
+        """
         if not self.by_release:
             return [self.take(now) for _ in range(count)]
         taken: list[Block] = []
@@ -173,7 +242,7 @@ class BlockPool:
         if count:
             self.evicted += count
             self.cached -= count
-            order, index = self._order, self._index
+            order = self._order
             chain = order[0]
             while count:
                 while not chain:
@@ -181,38 +250,69 @@ class BlockPool:
                     chain = order[0]
                 part = chain[: -count - 1 : -1]
                 del chain[-count:]
-                for block in part:
-                    if block.released is chain:  # else it is held again, or was let go again with others
-                        del index[block.key]
-                        block.key = b""
-                        block.user = None
-                        taken.append(block)
+                if isinstance(chain, Table) and chain.sealed:
+                    taken += part
+                    self._shorten(chain, len(part))
+                else:
+                    for block in part:
+                        if block.released is chain:  # else it is held again, or was let go again with others
+                            self._unlist(block.key)
+                            taken.append(block)
                 count = wanted - len(taken)
-        for block in taken:
-            block.refs = 1
         return taken
 
-    def publish_run(
-        self,
-        chain: Sequence[Block],
-        keys: Sequence[bytes],
-        first: int,
-        last: int,
-        user: Request | None = None,
-    ) -> None:
-        """`publish` blocks `first .. last` of a table whose keys are known to be nobody else's."""
-        wanted, blocks = keys[first + 1 : last + 1], chain[first:last]
-        self._index.update(zip(wanted, blocks, strict=True))
-        depth = first
-        for block, key in zip(blocks, wanted, strict=True):
-            block.key = key
-            block.depth = depth
-            block.user = user
-            depth += 1
+    def grow(self, table: Table, count: int, now: int) -> None:
+        """Append blocks to a table, as many calls of `take` without a key would."""
+        taken = self.take_run(count, now)
+        if not table.sealed:
+            for block in taken:
+                block.clear(1)
+        table += taken
 
-    def unknown(self, keys: Sequence[bytes]) -> bool:
-        """Whether no block has any of these contents."""
-        return self._index.keys().isdisjoint(keys)
+    def unknown(self, runs: Sequence[Run], table: Table) -> bool:
+        """Whether no block has any of these contents, which come next in a sealed table."""
+        for base, number, _ in runs:
+            entry = self._index.get(base)
+            if entry is not None and not (
+                isinstance(entry, SealedRun) and entry.table is table and number == entry.first + entry.count
+            ):
+                return False
+        return True
+
+    def publish_runs(self, table: Table, runs: Sequence[Run]) -> None:
+        """`publish` the next blocks of a sealed table, whose contents are `unknown`."""
+        for base, number, count in runs:
+            table.published += count
+            entry = self._index.get(base)
+            if isinstance(entry, SealedRun):
+                entry.count += count
+            else:
+                self._index[base] = run = SealedRun(base, number, count, table)
+                table.runs.append(run)
+
+    def open(self, table: Table) -> None:
+        """From now on each of the table's blocks speaks for itself."""
+        if not table.sealed:
+            return
+        table.sealed = False
+        position = table.opened
+        for block in table[position:]:
+            block.clear(int(table.held))
+            block.released = None if table.held else table
+        for run in table.runs:
+            entry: dict[int, Block] = {}
+            for offset, key in enumerate(keys_of(run.base, run.first, run.count)):
+                block = table[position]
+                block.key, block.depth, block.user = key, table.depth + position, table.user
+                entry[run.first + offset] = block
+                position += 1
+            self._index[run.base] = entry
+        table.runs = []
+
+    def opened(self, table: Table) -> Table:
+        """The table, opened."""
+        self.open(table)
+        return table
 
     def publish(
         self,
@@ -228,10 +328,13 @@ class BlockPool:
         `parent` is the block before it in the same table, `user` the request whose table it is.
         """
         if not block.key:
-            if keys[depth + 1] in self._index:
+            if self.find(keys[depth + 1]) is not None:
                 return
             block.key, block.depth, block.user = keys[depth + 1], depth, user
-            self._index[block.key] = block
+            base, number = split(block.key)
+            entry = self._index.setdefault(base, {})
+            assert isinstance(entry, dict)  # `find` opens
+            entry[number] = block
             if not self.by_release:
                 self._eviction.on_cached(block, now)
         # Only a parent in the same table is linked: it stays held as long as its child is. (It is another
@@ -244,9 +347,27 @@ class BlockPool:
         ):
             self._link(block, parent, now)
 
+    def publish_next(
+        self, table: Table, chain: ContentChain, last: int, now: int, user: Request | None = None
+    ) -> None:
+        """`publish` the blocks of a table that aren't yet, up to its `last`-th."""
+        if table.sealed:
+            runs = chain.runs(table.published, last)
+            if self.unknown(runs, table):
+                self.publish_runs(table, runs)
+                return
+            self.open(table)
+        keys = chain.upto(last)
+        while table.published < last:
+            depth = table.published
+            self.publish(table[depth], table[depth - 1] if depth else None, keys, depth, now, user)
+            table.published += 1
+
     def release(self, chain: Sequence[Block], now: int) -> None:
-        """Let go of a request's blocks, given in chain order; the tail goes first."""
+        """Let go of a request's blocks, given in chain order; the tail goes first. A `Table` is given away."""
         if self.by_release:
+            if isinstance(chain, Table) and chain.sealed:
+                chain = self._release_sealed(chain)
             self._release_run(chain)
             return
         for block in reversed(chain):
@@ -260,6 +381,39 @@ class BlockPool:
                 self._maybe_candidate(block, now)
             else:
                 self._free.append(block)
+
+    def _release_sealed(self, table: Table) -> list[Block]:
+        """Let go of what is the table's own; returns what isn't."""
+        others, unpublished = table[: table.opened], table[table.published :]
+        self.released += len(table) - len(others)
+        self._free.extend(reversed(unpublished))
+        del table[table.published :], table[: table.opened]
+        table.depth, table.opened, table.published, table.held = len(others), 0, len(table), False
+        if table:
+            self.cached += len(table)
+            self._order.append(table)
+        return others
+
+    def _shorten(self, table: Table, count: int) -> None:
+        """As many blocks are gone from the end of a sealed table that was let go."""
+        table.published -= count
+        while count:
+            run = table.runs[-1]
+            if run.count > count:
+                run.count -= count
+                return
+            count -= run.count
+            del self._index[run.base]
+            table.runs.pop()
+
+    def _unlist(self, key: bytes) -> None:
+        """Content isn't to be found any more."""
+        base, number = split(key)
+        entry = self._index[base]
+        assert isinstance(entry, dict), "a block of its own stands in a sealed table"
+        del entry[number]
+        if not entry:
+            del self._index[base]
 
     def _release_run(self, chain: Sequence[Block]) -> None:
         """The same where the pool keeps the order of release itself."""
@@ -283,7 +437,9 @@ class BlockPool:
         """Give up the eviction policy's victim and return it empty."""
         if self.by_release:
             self.allocated -= 1  # counted by whoever takes
-            return self.take_run(1, now)[0]
+            block = self.take_run(1, now)[0]
+            block.clear(1)
+            return block
         block = self._candidate(self._eviction.victim(now))
         self._drop(block, now)
         return block
@@ -329,7 +485,7 @@ class BlockPool:
             self._eviction.on_evictable(block, now)
 
     def _forget(self, block: Block, now: int) -> None:
-        del self._index[block.key]
+        self._unlist(block.key)
         block.candidate = False
         self._eviction.on_dropped(block, now)
         block.key, block.children, block.user = b"", 0, None
@@ -351,13 +507,29 @@ class BlockPool:
         for table in tables:
             for block in table:
                 expected[block.id] = expected.get(block.id, 0) + 1
-        held = cached = 0
+        shut = [table for table in (*tables, *self._order) if isinstance(table, Table) and table.sealed]
+        silent = {block.id for block in self._free}
+        listed = cached = 0
+        for table in shut:
+            own = table[table.opened :]
+            assert silent.isdisjoint(block.id for block in own), (
+                f"a block of {table.user} has another place too"
+            )
+            silent.update(block.id for block in own)
+            assert all(expected.get(block.id, 0) == table.held for block in own)
+            assert table.published == table.opened + sum(run.count for run in table.runs) <= len(table)
+            assert all(self._index[run.base] is run and run.table is table for run in table.runs)
+            listed += len(table.runs)
+            cached += 0 if table.held else len(table)
+        held = len(expected)
         for block in self._blocks:
             wanted = expected.get(block.id, 0)
+            if block.id in silent:
+                continue
             assert block.refs == wanted, f"{block} is in {wanted} block tables"
-            held += block.refs > 0
-            cached += block.refs == 0 and bool(block.key)
-            assert not block.key or self._index[block.key] is block, f"{block} is not what the index finds"
+            assert block.refs or block.key, f"{block} is held by nobody, and not free"
+            cached += block.refs == 0
+            assert not block.key or self.find(block.key) is block, f"{block} is not what the index finds"
             leaf = block.refs == 0 and bool(block.key) and not (self._leaf_only and block.children)
             leaf = leaf and not self.by_release
             assert block.candidate == leaf, f"{block}: candidate is {block.candidate}, expected {leaf}"
@@ -365,4 +537,8 @@ class BlockPool:
         assert self.free + cached + held == self.total, (
             f"free {self.free} + cached {cached} + held {held} != {self.total}"
         )
-        assert len(self._index) == sum(bool(block.key) for block in self._blocks)
+        alone = [entry for entry in self._index.values() if isinstance(entry, dict)]
+        assert len(self._index) == listed + len(alone), "the index knows of a sealed table that isn't there"
+        keyed = sum(bool(block.key) for block in self._blocks if block.id not in silent)
+        assert sum(map(len, alone)) == keyed, "the index knows of a block that isn't there"
+        assert all(alone), "the index keeps an empty entry"

@@ -12,10 +12,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import TypeAlias
 
 from lab.control.request import Piece, Prompt, Segment
 
-_Run = list[int] | list[object]
+Run: TypeAlias = tuple[bytes, int, int]
+"""Keys of blocks side by side that differ in their number alone: what comes before it, the first number, how many."""
 
 
 def root_key(salt: str) -> bytes:
@@ -23,8 +25,27 @@ def root_key(salt: str) -> bytes:
     return blake2b(salt.encode(), digest_size=16, person=b"diptych-kv").digest()
 
 
+def key_of(base: bytes, number: int) -> bytes:
+    """The key of one block of a run."""
+    return base + number.to_bytes(_NUMBER, "little")
+
+
+def split(key: bytes) -> tuple[bytes, int]:
+    """Base and number that make a key."""
+    return key[:-_NUMBER], int.from_bytes(key[-_NUMBER:], "little")
+
+
+def keys_of(base: bytes, first: int, count: int) -> list[bytes]:
+    """The keys of a run."""
+    if count == 1:
+        return [key_of(base, first)]
+    if first + count > len(_NUMBERS):
+        _NUMBERS.extend(n.to_bytes(_NUMBER, "little") for n in range(len(_NUMBERS), 2 * (first + count)))
+    return [base + number for number in _NUMBERS[first : first + count]]
+
+
 class ContentChain:
-    """Keys of one request's full blocks, computed as far as asked and kept.
+    """Keys of one request's full blocks, computed as far as asked and kept: as runs, and one by one if wanted.
 
     `output_stream` names the synthetic text that stands for generated tokens; None means that the real
     token ids in `output` are the content.
@@ -34,11 +55,15 @@ class ContentChain:
         "_block_size",
         "_cursor",
         "_cursor_start",
+        "_inside",
+        "_listed",
+        "_named",
         "_output",
         "_pieces",
         "_prompt",
-        "_stretch",
+        "_runs",
         "_tail",
+        "endless",
         "keys",
     )
 
@@ -51,39 +76,76 @@ class ContentChain:
         self._output = output
         self._cursor, self._cursor_start = 0, 0
         self._tail = None if output_stream is None else Segment(output_stream, 0, _ENDLESS)
-        self._stretch: tuple[int, bytes] | None = None
-        """The first block that lies within the stretch at the cursor, and the hash that names it and the others."""
+        self._runs: list[tuple[int, bytes, int, int]] = []
+        """Each run's first block, and the run."""
+        self._named = 0
+        """Blocks that are in a run."""
+        self._inside = False
+        """Whether the last run lies within the stretch at the cursor, and goes on as far as that does."""
+        self._listed = 0
+        """The run that holds the next key of `keys`."""
+        self.endless: bytes | None = None
+        """Base of all keys to come, once the chain has reached generated text."""
         self.keys: list[bytes] = [root_key(salt)]
-        """keys[0] is the root; keys[i + 1] belongs to block i."""
+        """keys[0] is the root; keys[i + 1] belongs to block i. As far as `upto` was asked."""
 
     def upto(self, blocks: int) -> list[bytes]:
         """The chain with at least the keys of the first `blocks` blocks. Their tokens must be known."""
-        keys, size = self.keys, self._block_size
-        if self._stretch is not None and self._cursor == len(self._pieces) and blocks == len(keys):
-            # One more block of generated text: the usual case while a request decodes.
-            first, base = self._stretch
-            number = blocks - 1 - first
-            if number >= len(_NUMBERS):
-                _count_to(number + 1)
-            keys.append(base + _NUMBERS[number])
-            return keys
-        while (index := len(keys) - 1) < blocks:
+        keys = self.keys
+        if len(keys) <= blocks:
+            self._name(blocks)
+            while len(keys) <= blocks:
+                first, base, number, count = self._runs[self._listed]
+                done = len(keys) - 1 - first
+                if done < count:
+                    keys += keys_of(base, number + done, count - done)
+                else:
+                    self._listed += 1
+        return keys
+
+    def runs(self, first: int, last: int) -> list[Run]:
+        """The keys of blocks `first .. last` as runs. Their tokens must be known."""
+        self._name(last)
+        found: list[Run] = []
+        for start, base, number, count in reversed(self._runs):
+            low, high = max(start, first), min(start + count, last)
+            if low < high:
+                found.append((base, number + low - start, high - low))
+            if start <= first:
+                break
+        found.reverse()
+        return found
+
+    def _name(self, blocks: int) -> None:
+        """Extend the runs to the first `blocks` blocks."""
+        size, runs = self._block_size, self._runs
+        while (index := self._named) < blocks:
             low = index * size
             piece, offset, rest = self._rest(low)
             inside = min(rest // size, blocks - index)
             if not inside:
                 content = self._pack(low, low + size)
-                keys.append(blake2b(keys[-1] + content, digest_size=16).digest())
+                key = blake2b(self._last_key() + content, digest_size=16).digest()
+                runs.append((index, *split(key), 1))
+                self._named += 1
                 continue
-            if self._stretch is None:
+            if self._inside:
+                first, base, number, count = runs[-1]
+                runs[-1] = (first, base, number, count + inside)
+            else:
                 name = struct.pack("<cQQ", b"r", piece.stream, piece.start + offset)
-                self._stretch = index, blake2b(keys[-1] + name, digest_size=12).digest()
-            first, base = self._stretch
-            start = index - first
-            if start + inside > len(_NUMBERS):
-                _count_to(start + inside)
-            keys += [base + number for number in _NUMBERS[start : start + inside]]
-        return keys
+                base = blake2b(self._last_key() + name, digest_size=16 - _NUMBER).digest()
+                runs.append((index, base, 0, inside))
+                self._inside = True
+                if low >= self._prompt:
+                    self.endless = base
+            self._named += inside
+
+    def _last_key(self) -> bytes:
+        if not self._runs:
+            return self.keys[0]
+        _, base, number, count = self._runs[-1]
+        return key_of(base, number + count - 1)
 
     def _rest(self, position: int) -> tuple[Segment, int, int]:
         """The stretch of synthetic text at a token position, the offset in it, and how much of it is left (0 of
@@ -93,13 +155,13 @@ class ContentChain:
                 return _NOTHING, 0, 0
             if self._cursor < len(self._pieces):
                 self._cursor = len(self._pieces)
-                self._stretch = None
+                self._inside = False
             return self._tail, position - self._prompt, _ENDLESS
         piece = self._pieces[self._cursor]
         while position >= self._cursor_start + len(piece):
             self._cursor_start += len(piece)
             self._cursor += 1
-            self._stretch = None
+            self._inside = False
             piece = self._pieces[self._cursor]
         offset = position - self._cursor_start
         return (piece, offset, len(piece) - offset) if isinstance(piece, Segment) else (_NOTHING, 0, 0)
@@ -144,7 +206,7 @@ class ContentChain:
         while position >= self._cursor_start + len(piece):
             self._cursor_start += len(piece)
             self._cursor += 1
-            self._stretch = None
+            self._inside = False
             piece = self._pieces[self._cursor]
         offset = position - self._cursor_start
         return piece, offset, min(len(piece) - offset, high - position)
@@ -152,12 +214,10 @@ class ContentChain:
 
 _ENDLESS = 1 << 62
 _NOTHING = Segment(0, 0, 0)
+_NUMBER = 4
+"""Bytes of a block's number in its key."""
 _NUMBERS: list[bytes] = []
-"""0, 1, 2, ... as four bytes each."""
-
-
-def _count_to(count: int) -> None:
-    _NUMBERS.extend(number.to_bytes(4, "little") for number in range(len(_NUMBERS), 2 * count))
+"""0, 1, 2, ... as so many bytes each."""
 
 
 def _joined(pieces: Sequence[Piece]) -> Sequence[Piece]:

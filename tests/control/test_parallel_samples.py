@@ -205,7 +205,9 @@ def _no_shared_writes(core: EngineCore, plan: StepPlan) -> None:
     for work in plan.work:
         live = core._requests[work.request]
         size = core.pool.block_size
-        for block in live.blocks[work.start // size : -(-(work.start + work.tokens) // size)]:
+        for block in core.pool.opened(live.blocks)[
+            work.start // size : -(-(work.start + work.tokens) // size)
+        ]:
             assert block.refs == 1, f"{live.view!r} writes into {block}"
 
 
