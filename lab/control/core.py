@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lab.control.blame import blame
@@ -178,6 +179,23 @@ class EngineCore:
         )
         self._repeats, self._repeats_past_ends = 0, False
         self._decodes = Decodes(self.pool.block_size, aggregate and self._on_tokens is None)
+        self._step = StepBuilder(
+            self.policy_name,
+            self.limits,
+            self.pool,
+            self._requests,
+            self._running,
+            self._waiting,
+            self._preemption,
+            self.host,
+            self.estimate,
+            self.capacity.transfer_ns,
+            self._compression,
+            on_admit=self._admitted,
+            on_preempt=self._preempted,
+            on_reject=self._rejected,
+            decodes=self._decodes,
+        )
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -510,35 +528,18 @@ class EngineCore:
         late, self._late = self._late, []
         if late and not (self._running or self._waiting):  # nothing to decide without them
             late = self._let_late_in(late, now)
-        self._evicting("expired", self.pool.expire, now)
-        step = StepBuilder(
-            self._index,
-            now,
-            self.policy_name,
-            self.limits,
-            self.pool,
-            self._requests,
-            self._running,
-            self._waiting,
-            self._paused,
-            self._preemption,
-            self.host,
-            self.estimate,
-            self.capacity.transfer_ns,
-            self._compression,
-            on_admit=self._admitted,
-            on_preempt=self._preempted,
-            on_reject=self._rejected,
-            decodes=self._decodes,
-        )
-        decodes = self._decodes
+        if self.pool.expires:
+            self._evicting("expired", self.pool.expire, now)
+        step, decodes = self._step, self._decodes
+        step.begin(self._index, now, self._paused)
         if promised and decodes.members and decodes.needed <= self.pool.available:
             step.run_decodes()  # the plan before this one, which the policy said is still its choice
             step.repeats, step.repeats_past_ends = promised - 1, self._repeats_past_ends
         else:
             self._call(self.policy.schedule, step)
         joined = bool(late)
-        self._let_late_in(late, now)
+        if joined:
+            self._let_late_in(late, now)
         if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
             if joined or self._gave_up(now):
                 return self.plan(now)
@@ -742,45 +743,32 @@ class EngineCore:
     # -- inside --------------------------------------------------------------------------------------
 
     def _freeze(self, step: StepBuilder) -> StepPlan:
-        preempted = tuple([(live.request.id, how) for live, how in step.preempted])
-        rejected = tuple([(live.request.id, reason) for live, reason in step.rejected])
-        work = tuple(step.work)
-        moves = (tuple(step.swap_out), tuple(step.swap_in))
-        compactions = tuple(step.compactions)
-        decoding = step.decoding
-        copies = tuple(step.copies)
-        self._digest = chain(
-            self._digest, self._index, work, preempted, rejected, *moves, decoding, compactions, copies
-        )
+        work, decoding = tuple(step.work), step.decoding
+        decisions: dict[str, Any] = {}
+        if step.preempted:
+            decisions["preempted"] = tuple([(live.request.id, how) for live, how in step.preempted])
+        if step.rejected:
+            decisions["rejected"] = tuple([(live.request.id, reason) for live, reason in step.rejected])
+        for name in ("swap_out", "swap_in", "compactions", "copies") if step.moved else ():
+            decisions[name] = tuple(getattr(step, name))
+        digest = self._digest = chain(self._digest, self._index, work, decodes=decoding, **decisions)
         listed: Sequence[Work] = work
         if decoding.seqs:
-            listed = WorkList(work, decoding.seqs, lambda: self._decodes.listing(decoding))
+            listed = WorkList(work, decoding.seqs, partial(self._decodes.listing, decoding))
             if self._observer.wants_work and self._observer.wants_steps:
                 listed.listed()
-        new = tuple([live.request for live in step.admitted if not live.seen])
-        for live in step.admitted:
-            if not live.seen and self._on_admitted is not None:
-                self._on_admitted(live.request.id)
-            live.seen = True
-        plan = StepPlan(
-            index=self._index,
-            now=step.now,
-            work=listed,
-            digest=self._digest,
-            new=new,
-            admitted=tuple([live.request.id for live in step.admitted]),
-            preempted=preempted,
-            rejected=rejected,
-            swap_out=moves[0],
-            swap_in=moves[1],
-            released=tuple(self._released),
-            compactions=compactions,
-            decodes=decoding,
-            copies=copies,
-        )
-        self._released.clear()
-        self._index += 1
-        return plan
+        if step.admitted:
+            decisions["admitted"] = tuple([live.request.id for live in step.admitted])
+            decisions["new"] = tuple([live.request for live in step.admitted if not live.seen])
+            for live in step.admitted:
+                if not live.seen and self._on_admitted is not None:
+                    self._on_admitted(live.request.id)
+                live.seen = True
+        if self._released:
+            decisions["released"] = tuple(self._released)
+            self._released.clear()
+        index, self._index = self._index, self._index + 1
+        return StepPlan(index, step.now, listed, digest, decodes=decoding, **decisions)
 
     def _describe(self, plan: StepPlan, step: StepBuilder) -> _InFlight:
         granted = step.granted

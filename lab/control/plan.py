@@ -167,12 +167,15 @@ MASK = (1 << 128) - 1
 """The sums of `chain` are taken modulo this plus one."""
 
 
+_SIZES, _HEAD = struct.Struct("<iqq?i").pack, struct.Struct("<qqq").pack
+
+
 def chain(
     previous: str,
     index: int,
     work: Sequence[Work],
-    preempted: Sequence[tuple[RequestId, str]],
-    rejected: Sequence[tuple[RequestId, str]],
+    preempted: Sequence[tuple[RequestId, str]] = (),
+    rejected: Sequence[tuple[RequestId, str]] = (),
     swap_out: Sequence[Move] = (),
     swap_in: Sequence[Move] = (),
     decodes: Decoding = NO_DECODES,
@@ -197,10 +200,10 @@ def chain(
             if item.blocks:
                 blocks.append((item.request, item.blocks))
             continue
-        name = item.request.encode()
-        sizes = struct.pack("<iqq?i", len(name), item.start, item.tokens, item.samples, len(item.blocks))
-        parts += (sizes, name, array("i", item.blocks).tobytes())
-    head = struct.pack("<qqq", index, count, len(parts))
+        name, taken_now = item.request.encode(), item.blocks
+        sizes = _SIZES(len(name), item.start, item.tokens, item.samples, len(taken_now))
+        parts += (sizes, name, array("i", taken_now).tobytes())
+    head = _HEAD(index, count, len(parts))
     parts += ((marks & MASK).to_bytes(16, "little"), (starts & MASK).to_bytes(16, "little"))
     for request, ids in blocks:
         name = request.encode()

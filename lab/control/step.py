@@ -74,15 +74,12 @@ class StepBuilder:
 
     def __init__(
         self,
-        index: int,
-        now: int,
         policy: str,
         limits: Limits,
         pool: BlockPool,
         requests: dict[RequestId, LiveRequest],
         running: dict[RequestId, LiveRequest],
         waiting: dict[RequestId, LiveRequest],
-        paused: str,
         preemption: PreemptionPolicy,
         host: HostTier,
         estimate: StepEstimate,
@@ -93,22 +90,27 @@ class StepBuilder:
         on_reject: Callable[[LiveRequest, str, int], None],
         decodes: Decodes,
     ) -> None:
-        self.index, self.now = index, now
-        self.tokens_left = self.token_budget = limits.token_budget
+        self.token_budget = limits.token_budget
         self._policy, self._limits, self._pool = policy, limits, pool
         self._requests, self._running, self._waiting = requests, running, waiting
-        self._paused, self._on_admit, self._on_preempt = paused, on_admit, on_preempt
-        self._on_reject = on_reject
+        self._on_admit, self._on_preempt, self._on_reject = on_admit, on_preempt, on_reject
         self._preemption, self._host = preemption, host
         self._estimate, self._transfer_ns = estimate, transfer_ns
         self._compression = compression
         self.running, self.waiting = _Views(running), _Views(waiting)
+        self.decodes = decodes
+        self.begin(0, 0, "")
+
+    def begin(self, index: int, now: int, paused: str) -> None:
+        """A new step, in which nothing is decided yet."""
+        self.index, self.now, self._paused = index, now, paused
+        self.tokens_left = self.token_budget
         self.work: list[Work] = []
         self.granted: list[LiveRequest] = []
         self.admitted: list[LiveRequest] = []
         self.preempted: list[tuple[LiveRequest, How]] = []
         self.rejected: list[tuple[LiveRequest, str]] = []
-        self.decodes, self.decoding = decodes, NO_DECODES
+        self.decoding = NO_DECODES
         self.together: list[LiveRequest] = []
         """Those granted by `run_decodes`, where requests are touched one by one: the first of `granted`."""
         self.repeats, self.repeats_past_ends = 0, False
@@ -116,6 +118,11 @@ class StepBuilder:
         self.swap_in: list[Move] = []
         self.compactions: list[Compaction] = []
         self.copies: list[Move] = []
+
+    @property
+    def moved(self) -> bool:
+        """Whether the data plane has KV to move, or to give up."""
+        return bool(self.swap_out or self.swap_in or self.compactions or self.copies)
 
     # -- what a policy reads -----------------------------------------------------------------------
 
