@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from lab.observe.boundaries import EPOCH_NS, Boundary, Value
 
@@ -43,6 +43,10 @@ def packed(
 ) -> PackedRow:
     """A row from a span's declaration; `values` answer `boundary.attributes` in order, `None` leaves one out."""
     name = boundary.name
+    types = tuple(map(type, values))
+    template = _TEMPLATES.get((name, types))
+    if template is None:
+        template = _TEMPLATES[name, types] = _template(boundary, types)
     return PackedRow(
         trace,
         hashlib.blake2b(f"{trace}\x1f{name}\x1f{ordinal}".encode(), digest_size=8).hexdigest(),
@@ -53,29 +57,35 @@ def packed(
         EPOCH_NS + end,
         boundary.plane,
         boundary.path,
-        _template(boundary, tuple(map(type, values)))(values),
+        template(values),
     )
 
 
+_Template: TypeAlias = Callable[[Sequence[Value | None]], str]
+_TEMPLATES: dict[tuple[str, tuple[type, ...]], _Template] = {}
+"""How attributes become JSON, by the span's name and the types of its values."""
+
+_FORMATS: dict[type, str] = {int: "%d", float: "%r"}
 _WRITERS: dict[type, Callable[..., str]] = {
     str: encode_basestring,
-    int: int.__repr__,
-    float: float.__repr__,
     bool: lambda value: "true" if value else "false",
     tuple: functools.partial(json.dumps, separators=(",", ":"), ensure_ascii=False),
 }
 
 
-@functools.cache
-def _template(boundary: Boundary, types: tuple[type, ...]) -> Callable[[Sequence[Value | None]], str]:
+def _template(boundary: Boundary, types: tuple[type, ...]) -> _Template:
     names = [name for name, _ in boundary.attributes]
     if len(names) != len(types):
         raise ValueError(f"span '{boundary.name}' has {len(names)} attributes, and got {len(types)}")
     said = sorted((name, place) for place, name in enumerate(names) if types[place] is not type(None))
-    text = "{" + ",".join(json.dumps(name).replace("%", "%%") + ":%s" for name, _ in said) + "}"
-    writers = [(_WRITERS[types[place]], place) for _, place in said]
+    parts = [f"{json.dumps(name)}:".replace("%", "%%") + _FORMATS.get(types[at], "%s") for name, at in said]
+    text, places = "{" + ",".join(parts) + "}", [place for _, place in said]
+    written = [(n, _WRITERS[types[at]]) for n, at in enumerate(places) if types[at] not in _FORMATS]
 
     def fill(values: Sequence[Value | None]) -> str:
-        return text % tuple([write(values[place]) for write, place in writers])
+        told: list[Any] = [values[place] for place in places]
+        for n, write in written:
+            told[n] = write(told[n])
+        return text % tuple(told)
 
     return fill
