@@ -3,7 +3,8 @@
 The first requests of an Azure trace at three quarters of what one replica of an 8B model takes (512 tokens a step, 256
 requests at once), first come first served, with prefix cache and full block accounting. The durations are those of
 a stand-in: fixed coefficients about an A100's. Each row is a process of its own on one core, timed from its start to
-its end: reading the trace, simulating, and writing the run directory. Words:
+its end: reading the trace, simulating, and writing the run directory; `record %` is the share of that which turning
+records into tables takes. Words:
 
     requests=16000,64000,256000     more than the trace has: the trace again and again, made as it is needed
     record=requests,steps           what is written (`run.record`): requests and their spans; all steps and theirs too
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ def simulate(trace: str, count: int, record: str, load: float, folder: Path) -> 
     """One run, in this process; returns what it was like."""
     from lab.control.request import stream_of
     from lab.observe.identity import workload_id
+    from lab.observe.stream import Stream
     from lab.session import Side, run_side
     from sim.backend import SimBackend
     from traces.registry import build
@@ -82,6 +85,7 @@ def simulate(trace: str, count: int, record: str, load: float, folder: Path) -> 
         identity=None if requests is workload else f"{stream_of(workload_id(workload), count):032x}",
         record=record,
     )
+    recording = _clocked(Stream, "on_request", "on_step", "close")
     run_side(side, folder / "run", None)
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     return {
@@ -91,9 +95,29 @@ def simulate(trace: str, count: int, record: str, load: float, folder: Path) -> 
         "digest": metrics["plan_digest"],
         "finished": metrics["requests"]["finished"],
         "drive_s": metrics["wall_s"],
+        "recording_s": sum(recording),
         "ttft_p50_ms": metrics["ttft_ms"]["p50"],
         "written_mb": sum(file.stat().st_size for file in (folder / "run").iterdir()) / 1e6,
     }
+
+
+def _clocked(kind: type, *names: str) -> list[float]:
+    """Where the seconds of every call of these methods are going to stand."""
+    took: list[float] = []
+
+    def clocked(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*told: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*told)
+            finally:
+                took.append(time.perf_counter() - began)
+
+        return call
+
+    for name in names:
+        setattr(kind, name, clocked(getattr(kind, name)))
+    return took
 
 
 def timed(command: list[str], folder: Path, cores: set[int] | None = None) -> tuple[float, float, float]:
@@ -164,7 +188,7 @@ def main(words: list[str]) -> int:
         return 0
     core = {max(os.sched_getaffinity(0))}
     print(f"{'written':<10}{'requests':>9}{'wall s':>8}{'CPU s':>7}{'requests/s':>12}{'MB':>6}{'steps':>9}"
-          f"{'batch':>7}{'busy':>6}{'drive s':>9}{'disk MB':>9}  digest")  # fmt: skip
+          f"{'batch':>7}{'busy':>6}{'drive s':>9}{'record %':>10}{'disk MB':>9}  digest")  # fmt: skip
     for record in options.get("record", "requests,steps").split(","):
         for count in counts:
             with tempfile.TemporaryDirectory() as name:
@@ -177,9 +201,10 @@ def main(words: list[str]) -> int:
                 ]
                 wall, cpu, memory = timed([sys.executable, __file__, *words], Path(name), core)
                 f = json.loads((Path(name) / "found.json").read_text())
+                share = 100 * f["recording_s"] / wall
             print(f"{record:<10}{count:>9}{wall:>8.2f}{cpu:>7.2f}{count / wall:>12.0f}{memory:>6.0f}{f['steps']:>9}"
-                  f"{f['batch']:>7.1f}{f['busy']:>6.2f}{f['drive_s']:>9.2f}{f['written_mb']:>9.1f}  {f['digest']}",
-                  flush=True)  # fmt: skip
+                  f"{f['batch']:>7.1f}{f['busy']:>6.2f}{f['drive_s']:>9.2f}{share:>10.0f}"
+                  f"{f['written_mb']:>9.1f}  {f['digest']}", flush=True)  # fmt: skip
     if "vidur" in options:
         with tempfile.TemporaryDirectory() as name:
             python = options.get("python", sys.executable)

@@ -473,9 +473,7 @@ class EngineCore:
         pool, size = self.pool, self.pool.block_size
         full = live.computed // size
         if pool.prefix_cache and live.blocks:
-            self._evicting(
-                "on_cached", pool.publish_next, live.blocks, live.chain, full, now, live.request
-            )
+            self._evicting("on_cached", pool.publish_next, live.blocks, live.chain, full, now, live.request)
         if self._joins_late and self._in_flight is not None:
             self._late.append(live)
             self._repeats = 0

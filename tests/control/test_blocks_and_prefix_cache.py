@@ -330,3 +330,24 @@ def test_a_block_written_again_in_part_still_counts_as_its_parents_child() -> No
     core.abort("b", 110)
     core.check()
     assert ("candidate", 0) not in events, "block 0 has a cached child all along"
+
+
+def test_what_nobody_shares_is_kept_as_runs_until_somebody_looks() -> None:
+    core, _ = engine(blocks=200, max_seqs=2, token_budget=70)
+    core.add(request("a", 100, 60), 0)
+    for now in range(20):
+        step(core, now)
+        core.check()
+    table = core._requests["a"].blocks
+    assert table.sealed
+    assert len(table.runs) == 2  # the prompt's whole blocks, and the one that its end shares with the output
+    drain(core, 100, check=core.check)
+    assert [run.count for run in table.runs] == [6, 1, 2]
+    assert not table.held
+    quoted = Segment(request("a", 100, 60).output_stream, 0, 40)
+    later = Prompt((*request("a", 100).prompt.pieces, quoted, Segment(stream_of("new"), 0, 9)))
+    core.add(Request(id="b", prompt=later, output_len=2), 200)
+    plan = step(core, 200)
+    core.check()
+    assert plan.work[0].start == 128  # 140 tokens of 149 were there: 8 whole blocks
+    assert not table.sealed
