@@ -84,9 +84,11 @@ def experiment(cfg: Config) -> int:
             )
             finished[backend.name] = run_side(side, path / backend.name if both else path, console)
         _conclude(cfg, {name: ran.path for name, ran in finished.items()}, path)
-        if cfg.export.perfetto if cfg.export.perfetto is not None else set(finished) != {"sim"}:
-            _timeline(finished, path)
-    _export(cfg, finished)
+        try:
+            if cfg.export.perfetto if cfg.export.perfetto is not None else set(finished) != {"sim"}:
+                _timeline(finished, path)
+        finally:  # a full disk doesn't keep the spans from a collector
+            _export(cfg, finished)
     return 0
 
 
