@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from lab import compose, config, topology
+from lab.analysis.runs import load
 from lab.assembly import EngineSpec
 from lab.config import Config
 from lab.console import Console
 from lab.errors import DiptychError
+from lab.experiment import experiment
 from sim.backend import SimBackend, open_backend
 from sim.cost.physical import PhysicalCost
 
@@ -59,6 +65,49 @@ def test_groups_say_what_their_replicas_are() -> None:
 def test_four_devices_hold_more_kv_than_four_replicas_by_the_weights_they_share() -> None:
     one, four = opened("topology=single").capacity, opened("topology=tp4").capacities[0]
     assert four.blocks > 4 * one.blocks
+
+
+def examples() -> list[list[str]]:
+    page = (Path(__file__).parents[2] / "docs" / "topology.md").read_text(encoding="utf-8")
+    return [shlex.split(line)[3:] for line in re.findall(r"^    (python -m lab\.experiment .*)$", page, re.M)]
+
+
+@pytest.mark.parametrize("words", examples(), ids=lambda words: str(words[3]))
+def test_the_pages_examples_run(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with compose.composer() as composer:
+        cfg = composer.config(
+            [*words, "trace.limit=12", "trace.rate_scale=10", f"run.dir={tmp_path / 'run'}"]
+        )
+    config.validate(cfg)
+    assert experiment(cfg) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["requests"]["finished"] == 12
+    assert metrics["cost"]["usd"] > 0
+    assert "USD/M" in capsys.readouterr().out
+    assert load(tmp_path / "run").request_records()
+
+
+def attainment(folder: Path, name: str, budget: int) -> float:
+    words = [
+        "cost=physical", "cost.model=llama-3.1-8b", "routing=least_tokens", "engine.max_seqs=256", "trace=poisson",
+        "trace.n=250", "trace.rate=24", "trace.prompt.mean=2000", "trace.prompt.high=8192", "trace.output.mean=128",
+        "trace.output.high=1024", "slo.ttft_ms=100", "slo.tpot_ms=9", "run.record=requests", "backend=sim",
+    ]  # fmt: skip
+    with compose.composer() as composer:
+        cfg = composer.config(
+            [*words, f"topology={name}", f"engine.token_budget={budget}", f"run.dir={folder / name}-{budget}"]
+        )
+    config.validate(cfg)
+    experiment(cfg)
+    return float(
+        json.loads((folder / f"{name}-{budget}" / "metrics.json").read_text())["goodput"]["attainment"]
+    )
+
+
+def test_the_best_step_size_is_another_on_another_topology(tmp_path: Path) -> None:
+    both = {name: [attainment(tmp_path, name, size) for size in (256, 2048)] for name in ("dp4", "pd_2p2d")}
+    assert both["dp4"][0] > both["dp4"][1] + 0.1
+    assert both["pd_2p2d"][0] < both["pd_2p2d"][1] - 0.05
 
 
 @pytest.mark.parametrize(
