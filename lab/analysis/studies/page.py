@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,15 @@ def write(path: Path, frame: pd.DataFrame, runs: Sequence[StudyRun]) -> Path:
     """`figures/*.png` and `report.html` below `path`; returns the page. Raises `RunError`."""
     charts: dict[str, list[Any]] = {}
     sections: list[dict[str, Any]] = []
+    colours: list[dict[str, str]] = []
     if available() and not is_cache(frame):
         for workload in dict.fromkeys(frame["workload"]):
             found = _members(frame, runs, str(workload))
             name = f"live-{len(sections)}"
-            charts[name] = [c for c in (trade(found, TTFT, TPOT), *distributions(found, BASELINES)) if c]
+            # The best last: it is drawn above the others.
+            live = (trade(found[::-1], TTFT, TPOT), *distributions(found[::-1], BASELINES))
+            charts[name] = [chart for chart in live if chart is not None]
+            colours.append({member.label: member.colour for member in found})
             text = "Hover a point or a curve to see whose it is; dashed: what is chosen when nothing is said."
             title = f"Policies beside each other: {workload}"
             sections.append({"name": name, "title": title, "text": text, "image": None})
@@ -57,8 +62,8 @@ def write(path: Path, frame: pd.DataFrame, runs: Sequence[StudyRun]) -> Path:
         "All numbers are in results.csv beside this page.",
         said=list(remarks(runs)),
         tables=[
-            {"title": title, "head": head, "rows": rows, "colours": None, "text": ""}
-            for title, head, rows in tables(frame)
+            {"title": title, "head": head, "rows": rows, "colours": own, "text": ""}
+            for (title, head, rows), own in zip_longest(tables(frame), colours)
         ],
         sections=sections,
         embedded=embed(charts) if charts else Embedded(),
