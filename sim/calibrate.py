@@ -215,7 +215,7 @@ class Measured:
     @classmethod
     def from_json(cls, text: str) -> Measured:
         def samples(plain: list[list[Any]]) -> list[Sample]:
-            return [(Batch(*batch), StepTiming(*timing)) for batch, timing in plain]
+            return [(Batch(*batch), StepTiming(*timing[:7])) for batch, timing in plain]
 
         body = json.loads(text)
         return cls({label: samples(rows) for label, rows in body["grid"].items()}, samples(body["steps"]))

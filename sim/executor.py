@@ -74,6 +74,7 @@ class SimExecutor:
             transfer_ns=timing.transfer_ns,
             compact_ns=timing.compact_ns,
             stopped=stopped,
+            terms=timing.terms,
         )
 
     def close(self) -> None:

@@ -175,7 +175,8 @@ class Run:
 
     def timings(self) -> list[StepTiming]:
         """Each step's durations, in order: what a replay runs on."""
-        columns = self.step_columns(*(phase.name for phase in fields(StepTiming)))
+        phases = [phase.name for phase in fields(StepTiming) if phase.name != "terms"]
+        columns = self.step_columns(*phases)
         return [StepTiming(*durations) for durations in zip(*columns, strict=True)]
 
     def step_columns(self, *names: str) -> list[list[Any]]:

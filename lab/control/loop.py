@@ -58,6 +58,7 @@ def serve(
                 commit_ns,
                 result.transfer_ns,
                 result.compact_ns,
+                result.terms,
             )
         )
         yield commit_ns

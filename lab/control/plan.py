@@ -280,10 +280,17 @@ class StepResult:
     """Each rank's share, where several computed the step; the phases above are then those of rank 0."""
     stopped: frozenset[RequestId] = frozenset()
     """Requests whose text has reached one of their stop strings with this token."""
+    terms: tuple[int, ...] = ()
+    """See `StepTiming`."""
 
     @property
     def duration_ns(self) -> int:
         return self.transfer_ns + self.prepare_ns + self.forward_ns + self.sample_ns + self.compact_ns
+
+
+TERMS = ("weights", "attention", "kv_read", "collectives", "host", "transfer")
+"""Parts of a modelled step: linear layers, attention of prompt chunks, reading the KV of single tokens, devices waiting
+for each other's data, launching and preparing, KV between device and host. A pipeline's bubbles are in each of them."""
 
 
 @frozen
@@ -297,6 +304,8 @@ class StepTiming:
     commit_ns: int
     transfer_ns: int = 0
     compact_ns: int = 0
+    terms: tuple[int, ...] = ()
+    """What a cost model says that `execute_ns` is made of, in the order of `TERMS`; empty where nobody knows."""
 
     @property
     def execute_ns(self) -> int:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from lab.control.plan import TERMS
 from lab.observe.source import ROOT, locate
 
 Plane = Literal["control", "data"]
@@ -72,6 +73,8 @@ class Boundary:
 _CORE = "lab/control/core.py:EngineCore"
 _POOL = "lab/state/blocks.py:BlockPool"
 _EXECUTOR = "lab/control/executor.py:Executor.execute"
+
+_TERMS: tuple[Attribute, ...] = tuple((f"lab.cost.{term}_ns", "int") for term in TERMS)
 
 DECLARED: tuple[Boundary, ...] = (
     Boundary(
@@ -239,13 +242,15 @@ DECLARED: tuple[Boundary, ...] = (
         plane="data",
         path="request",
         emitted_at=_EXECUTOR,
-        doc="The data plane carried the plan out.",
+        doc="The data plane carried the plan out. A modelled step says what its time is made of.",
         attributes=(
             ("lab.batch.requests", "int"),
             ("lab.batch.prefill_tokens", "int"),
             ("lab.batch.decode_tokens", "int"),
             ("lab.batch.context_tokens", "int"),
+            *_TERMS,
         ),
+        optional=frozenset(name for name, _ in _TERMS),
     ),
     Boundary(
         name="kv.transfer",

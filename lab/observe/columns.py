@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 from lab.control.observer import FleetEvent, Interval, RequestRecord, StepRecord
-from lab.control.plan import Compaction, Move, TokenLogprobs
+from lab.control.plan import TERMS, Compaction, Move, TokenLogprobs
 from lab.control.request import Piece, Request, Segment
 from lab.observe import metrics
 from lab.observe.parquet import Column
@@ -88,6 +89,12 @@ REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("transfers", "transfers", lambda r: [dataclasses.asdict(move) for move in r.transfers]),
 )
 
+
+def _term(place: int) -> Callable[[StepRecord], int | None]:
+    """One term of a modelled step; none where the step was measured, or comes from a fit."""
+    return lambda s: s.timing.terms[place] if s.timing.terms else None
+
+
 STEPS: tuple[Column[StepRecord], ...] = (
     ("step", "int64", lambda s: s.plan.index),
     ("replica", "int32", lambda s: s.replica),
@@ -121,6 +128,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("copied_blocks", "int64", lambda s: s.plan.copied_blocks),
     ("rejected", "int64", lambda s: len(s.plan.rejected)),
     ("digest", "string", lambda s: s.plan.digest),
+    *((f"{term}_term_ns", "int64", _term(place)) for place, term in enumerate(TERMS)),
     ("ranks", "ranks", lambda s: [dataclasses.asdict(part) for part in s.ranks]),
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord, Transfer
-from lab.control.plan import Compaction, Move, RankTiming, StepPlan, StepTiming, TokenLogprobs, Work
+from lab.control.plan import TERMS, Compaction, Move, RankTiming, StepPlan, StepTiming, TokenLogprobs, Work
 from lab.control.request import Piece, Prompt, Request, SamplingParams, Segment
 from lab.errors import RunError
 from lab.observe.columns import FLEET, PLANS, REQUESTS, SPANS, STEPS, WORKLOAD
@@ -151,14 +151,18 @@ def read_plans(path: Path, workload: Iterable[Request]) -> list[StepPlan]:
 def read_steps(path: Path, plans: Sequence[StepPlan]) -> list[StepRecord]:
     """What `write_steps` wrote; `plans` are the same steps in the same order."""
     same = [item.name for item in fields(StepRecord) if item.name not in ("plan", "timing", "ranks")]
-    phases = [item.name for item in fields(StepTiming)]
+    phases = [item.name for item in fields(StepTiming) if item.name != "terms"]
+    terms = [f"{term}_term_ns" for term in TERMS]
     rows = read(path, STEPS)
     if len(rows) != len(plans):
         raise RunError(f"'{path}' has {len(rows)} steps, but there are {len(plans)} plans beside it")
     return [
         StepRecord(
             plan=plan,
-            timing=StepTiming(**{phase: row[phase] for phase in phases}),
+            timing=StepTiming(
+                **{phase: row[phase] for phase in phases},
+                terms=() if row.get(terms[0]) is None else tuple([row[term] for term in terms]),
+            ),
             ranks=tuple(RankTiming(**part) for part in row["ranks"]),
             **{name: row[name] for name in same},
         )

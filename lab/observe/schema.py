@@ -166,6 +166,12 @@ _STEPS: Meanings = {
     "copied_blocks": (BLOCKS, "copied since several outputs shared them"),
     "rejected": ("requests", "given up by the policy"),
     "digest": ("", "of this decision and all before it: equal digests are equal schedules"),
+    "weights_term_ns": (NS, "of a modelled step (null otherwise): linear layers and the LM head"),
+    "attention_term_ns": (NS, "... attention of prompt chunks"),
+    "kv_read_term_ns": (NS, "... attention of single tokens: reading their KV"),
+    "collectives_term_ns": (NS, "... devices waiting for each other's data"),
+    "host_term_ns": (NS, "... launching and preparing"),
+    "transfer_term_ns": (NS, "... KV between device and host"),
     "ranks": ("", "where several ranks computed: each one's place and time in each phase, in ns"),
 }
 

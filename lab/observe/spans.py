@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lab.control.observer import FleetEvent, RequestRecord, StepRecord
-from lab.control.plan import RankTiming, Work
+from lab.control.plan import TERMS, RankTiming, Work
 from lab.control.request import Request
 from lab.observe.boundaries import BOUNDARIES, EPOCH_NS, LINK, Boundary, Value
 from lab.observe.identity import SERVICE, RunInfo, gateway_trace, replica_trace, request_trace, span_id
@@ -200,6 +200,7 @@ def step_spans(
         step.prefill_tokens,
         step.decode_tokens,
         step.context_tokens,
+        *(timing.terms or _NO_TERMS),
     )
     yield row
     ready = planned + timing.transfer_ns
@@ -341,6 +342,7 @@ def _full(
 
 
 _NAMES = {name: tuple(key for key, _ in boundary.attributes) for name, boundary in BOUNDARIES.items()}
+_NO_TERMS = (None,) * len(TERMS)
 _LINK_NAMES = tuple(key for key, _ in LINK)
 _REQUEST, _ADMIT, _ROUTE = (BOUNDARIES[f"request{part}"] for part in ("", ".admit", ".route"))
 _PHASES = {phase: BOUNDARIES[f"request.{phase}"] for phase in ("queue", "prefill", "decode")}

@@ -128,7 +128,8 @@ class LinearCost:
             for value, feature in terms:
                 total += value * feature(batch)
             times.append(round(total))
-        return StepTiming(*times)
+        plan_ns, prepare_ns, forward_ns, sample_ns, commit_ns = times
+        return StepTiming(plan_ns, prepare_ns, forward_ns, sample_ns, commit_ns)
 
     def account(self) -> dict[str, Any]:
         """For the run's record: steps asked for, and how many of them lay beyond what was measured."""

@@ -31,6 +31,7 @@ class StepCost(NamedTuple):
         """As phases of a step, in nanoseconds: the host's share is `prepare`, the transfer its own, and the rest
         `forward`."""
         forward = self.weights + self.attention + self.kv_read + self.collectives
+        terms = tuple([round(term * 1e9) for term in self])
         return StepTiming(
-            0, round(self.host * 1e9), round(forward * 1e9), 0, 0, transfer_ns=round(self.transfer * 1e9)
+            0, round(self.host * 1e9), round(forward * 1e9), 0, 0, round(self.transfer * 1e9), 0, terms
         )

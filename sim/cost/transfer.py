@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lab.control.executor import Capacity
-from lab.control.plan import StepPlan, StepTiming
+from lab.control.plan import TERMS, StepPlan, StepTiming
 from sim.cost.model import CostModel
+
+_TRANSFER = TERMS.index("transfer")
 
 
 class WithTransfers:
@@ -27,4 +29,8 @@ class WithTransfers:
         blocks = plan.moved_blocks + plan.copied_blocks
         if not blocks:
             return timing
-        return replace(timing, transfer_ns=self._capacity.transfer_ns(blocks))
+        took = self._capacity.transfer_ns(blocks)
+        terms = timing.terms
+        if terms:
+            terms = (*terms[:_TRANSFER], took, *terms[_TRANSFER + 1 :])
+        return replace(timing, transfer_ns=took, terms=terms)

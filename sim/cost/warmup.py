@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lab.control.plan import Decoding, StepPlan, StepTiming
+from lab.control.plan import TERMS, Decoding, StepPlan, StepTiming
 from sim.cost.model import CostModel
 
 
@@ -39,4 +39,10 @@ class WithWarmup:
             prepare_ns=round(timing.prepare_ns * factor),
             forward_ns=round(timing.forward_ns * factor),
             sample_ns=round(timing.sample_ns * factor),
+            terms=tuple(
+                [
+                    value if name == "transfer" else round(value * factor)
+                    for name, value in zip(TERMS, timing.terms, strict=False)
+                ]
+            ),
         )

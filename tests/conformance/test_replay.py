@@ -124,7 +124,8 @@ def test_with_the_recorded_durations_it_is_the_recorded_run(
 def test_other_durations_change_times_alone(factor: float, tiny: LoadedModel) -> None:
     run = recorded(tiny)
     timings = [
-        StepTiming(*(round(factor * part) for part in dataclasses.astuple(step.timing))) for step in run.steps
+        StepTiming(*(round(factor * part) for part in dataclasses.astuple(step.timing)[:-1]))
+        for step in run.steps
     ]
     replay = again(tiny, run, timings)
     assert [step.plan.digest for step in replay.steps] == [step.plan.digest for step in run.steps]

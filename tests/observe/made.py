@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord, Transfer
-from lab.control.plan import GENESIS, Compaction, Move, RankTiming, StepPlan, StepTiming, Work, chain
+from lab.control.plan import GENESIS, TERMS, Compaction, Move, RankTiming, StepPlan, StepTiming, Work, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.recorder import Recorder
@@ -182,11 +182,14 @@ def play(rng: random.Random, requests: int, max_steps: int = 60, replica: int = 
                 rule = rng.choice(["", "größe"])
                 compactions.append(Compaction(name, blocks, rng.randrange(60), rng.randrange(3), 1, rule))
             working.append(life)
-        timing = StepTiming(*(rng.choice([0, rng.randrange(60)]) for _ in range(5)))
+        spent_ns = [rng.choice([0, rng.randrange(60)]) for _ in range(5)]
+        timing = StepTiming(spent_ns[0], spent_ns[1], spent_ns[2], spent_ns[3], spent_ns[4])
         if moves["out"] or moves["in"]:
             timing = replace(timing, transfer_ns=rng.randrange(60))
         if compactions:
             timing = replace(timing, compact_ns=rng.randrange(60))
+        if index % 3 == 0:
+            timing = replace(timing, terms=tuple(range(index, index + len(TERMS))))
         ranks: tuple[RankTiming, ...] = ()
         if index % 3 == 1:
             spent = (timing.prepare_ns, timing.forward_ns, timing.sample_ns // 2)
