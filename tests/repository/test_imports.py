@@ -107,18 +107,18 @@ def test_help_needs_neither_hydra_nor_anything_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
-def test_help_of_the_experiment_comes_within_a_second() -> None:
-    import time
+def test_help_of_the_experiment_costs_about_a_second_of_cpu() -> None:
+    import resource
 
     def once() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = python("-m", "lab.experiment", "--help")
-        took = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
         assert "policy" in done.stdout
-        return took
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(once() for _ in range(3)) <= 1.0
+    assert min(once() for _ in range(3)) <= 1.5
 
 
 def test_our_packages_come_from_one_place() -> None:
