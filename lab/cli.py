@@ -21,11 +21,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab import interrupts, shadowed
+import lab
+from lab import interrupts
 from lab.errors import ConfigError, DiptychError, UnknownNameError
 
 if TYPE_CHECKING:
     from lab.config import Config
+
+if not hasattr(lab, "shadowed"):
+    # As in `lab/plugins.py`, for the commands that come here first.
+    raise SystemExit(
+        f"error: package 'lab' is shadowed: Python finds {lab.__file__}, expected {Path(__file__).parent}. "
+        "Take its directory off PYTHONPATH, or uninstall it."
+    )
 
 INTERRUPTED = 130
 FLAGS = ("--help", "--multirun", "--cfg", "--config-dir", "-h", "-m", "-c", "-cd")
@@ -126,7 +134,7 @@ def default_config_dir() -> Path | None:
 
 
 def _main(task: Callable[[Config], int | None], about: str, argv: list[str], prog: str) -> int:
-    wrong = shadowed()
+    wrong = lab.shadowed()
     if wrong:
         raise ConfigError(" ".join(wrong))
     arguments = split(argv)

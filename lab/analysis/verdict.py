@@ -11,6 +11,9 @@ from lab.analysis.frames import PARTS, STAGE_WORDS
 from lab.analysis.residuals import EXPLAINED, FACTS
 from lab.config import SEAMS
 
+CHANCE = 2.0
+"""A distance of this many times its noise floor is still chance."""
+
 
 def verdict(diff: Diff) -> list[str]:
     """What a reader should know first, most important first; each item is one or two whole sentences."""
@@ -18,11 +21,12 @@ def verdict(diff: Diff) -> list[str]:
         _warnings(diff),
         _clocks(diff),
         cause(diff),
+        _noise(diff) if diff.noise else "",
         _decisions(diff),
         _error(diff),
         _stages(diff),
         _parity(diff),
-        _noise(diff),
+        _noise(diff) if not diff.noise else "",
         _alignment(diff),
         _unaligned(diff),
     ]
@@ -218,6 +222,8 @@ def _noise(diff: Diff) -> str:
     if e2e is not None:
         times = f", {e2e['ratio']:.1f} times the noise" if e2e["ratio"] is not None else ""
         text += f"E2E distributions lie {100 * e2e['floor']:.2f} % apart (here {100 * e2e['distance']:.2f} %{times}); "
+    if e2e is not None and e2e["ratio"] is not None and e2e["ratio"] <= CHANCE:
+        text = f"No finding in E2E: chance alone does as much. {text}"
     if found["first_divergent_step"] is None:
         return text + "the repeats took the same decisions throughout."
     return (

@@ -200,7 +200,9 @@ def test_every_distance_stands_beside_the_noise_of_repeats() -> None:
     assert (judged.noise["runs"], judged.noise["pairs"]) == (3, 3)
     for cell in judged.noise["distances"].values():
         assert cell["ratio"] is None or cell["ratio"] == pytest.approx(cell["distance"] / cell["floor"])
-    assert any("Noise floor of 3 repeats" in sentence for sentence in verdict(judged))
+    [said] = [sentence for sentence in verdict(judged) if "Noise floor of 3 repeats" in sentence]
+    ratio = judged.noise["distances"]["e2e.w1_over_mean"]["ratio"]
+    assert said.startswith("No finding in E2E: chance alone does as much.") == (ratio <= 2)
     itself = diff(real, real, noise=[real])
     assert itself.noise is not None
     assert all(c["distance"] == c["floor"] == 0 for c in itself.noise["distances"].values())

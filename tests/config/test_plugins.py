@@ -184,12 +184,13 @@ def test_a_plug_in_without_a_docstring_says_where_it_comes_from(elsewhere: Calla
     assert plugins.summary("policy", "silent") == "(theirs: theirs_silent:Theirs)"
 
 
-def test_a_foreign_package_of_our_name_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["experiment", "diff"])
+def test_a_foreign_package_of_our_name_is_one_sentence(command: str, tmp_path: Path) -> None:
     (tmp_path / "lab").mkdir()
     inside = f"__path__.append({str(ROOT / 'lab')!r})\n"  # what an editable install's finder comes to
     (tmp_path / "lab" / "__init__.py").write_text(inside)
     done = subprocess.run(
-        [sys.executable, "-m", "lab.experiment", "--help"],
+        [sys.executable, "-m", f"lab.{command}", "--help"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
