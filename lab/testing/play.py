@@ -240,8 +240,13 @@ def _passing(watch: Watch, name: str, method: Callable[..., Any]) -> Callable[..
         held = [(a, _facts(a)) for a in args if hasattr(a, "seq") or hasattr(a, "depth")]
         counted = None
         if name == "schedule":
-            counted = args[0].waiting = _Counted(args[0].waiting, watch.files)
-        answer = method(*args, **options)
+            step, plain = args[0], args[0].waiting
+            counted = step.waiting = _Counted(plain, watch.files)
+        try:
+            answer = method(*args, **options)
+        finally:
+            if counted is not None:
+                step.waiting = plain
         watch.hook = name  # a hook may have led to another
         for view, facts in held:
             _unchanged(watch, view, facts)
