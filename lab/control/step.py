@@ -195,10 +195,10 @@ class StepBuilder:
     def run(
         self,
         request: RequestView | RequestId,
-        tokens: int | None = None,
+        tokens: object = None,
         *,
         whole: bool = False,
-        leave_free: int = 0,
+        leave_free: object = 0,
     ) -> Grant:
         live = self._find(request, "run")
         if live.granted_now:
@@ -285,7 +285,7 @@ class StepBuilder:
             self.granted += self.together
         return [live.view for live in steady.others.values()]
 
-    def repeat(self, steps: int | None = None, *, past_ends: bool = False) -> None:
+    def repeat(self, steps: object = None, *, past_ends: bool = False) -> None:
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             self._fail(f"repeat({steps!r}): expected a number of steps, at least 1, or None")
         self.repeats, self.repeats_past_ends = MOST_REPEATS if steps is None else steps, past_ends
@@ -473,7 +473,7 @@ class StepBuilder:
         self._fail(f"{call}({live.view!r}): {why}")
 
     def _fail(self, what: str) -> NoReturn:
-        frame = sys._getframe(1)
+        frame = sys._getframe()  # compiled code has none
         while frame.f_back is not None and _CONTROL in frame.f_code.co_filename:
             frame = frame.f_back
         where = f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lab import compiled
+
 PACKAGES = (
     "hydra-core",
     "numpy",
@@ -38,6 +40,7 @@ def environment(argv: Sequence[str], **more: Any) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "compiled": compiled.in_use(),
         "git": {"revision": revision, "dirty": dirty},
     }
     torch = sys.modules.get("torch")

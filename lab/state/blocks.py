@@ -454,10 +454,11 @@ class BlockPool:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _candidate(self, choice: BlockId) -> Block:
+    def _candidate(self, choice: object) -> Block:
         """The block that the eviction policy named, if it may go."""
-        known = isinstance(choice, int) and 0 <= choice < len(self._blocks)
-        block = self._blocks[choice] if known else None
+        block = None
+        if isinstance(choice, int) and 0 <= choice < len(self._blocks):
+            block = self._blocks[choice]
         if block is None or not block.candidate:
             raise PolicyError(
                 f"eviction policy '{type(self._eviction).__name__}' chose block {choice!r}, which is not a "
