@@ -8,26 +8,30 @@ records into tables takes. Words:
 
     requests=16000,64000,256000     more than the trace has: the trace again and again, made as it is needed
     record=requests,steps           what is written (`run.record`): requests and their spans; all steps and theirs too
-    vidur=CHECKOUT                  Vidur beside it on the same requests (its own Python: python=PATH)
+    vidur=CHECKOUT [python=PATH]    Vidur beside it on the same requests, in its own Python
+    blis=CHECKOUT                   BLIS beside it (simulators.py beside this file says what both need and do)
     load=0.78                       rate of the trace: 1 is its own
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import simulators  # beside this file
 
 from lab.assembly import EngineSpec
 from lab.control.executor import Capacity
 from lab.control.plan import Decoding, StepPlan, StepTiming
 from lab.control.step import Limits
+from traces.registry import build
 
 BLOCKS = 27_000
 """KV blocks of 16 tokens that an 8B model in 16 bits leaves on 80 GB."""
@@ -67,7 +71,6 @@ def simulate(trace: str, count: int, record: str, load: float, folder: Path) -> 
     from lab.observe.stream import Stream
     from lab.session import Side, run_side
     from sim.backend import SimBackend
-    from traces.registry import build
     from traces.repeated import Repeated
 
     workload = build("azure_2023_conv", {"path": trace, "limit": count, "rate_scale": load}).requests
@@ -120,63 +123,28 @@ def _clocked(kind: type, *names: str) -> list[float]:
     return took
 
 
-def timed(command: list[str], folder: Path, cores: set[int] | None = None) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and peak MB of a process of its own; raises when it fails."""
-    began = time.perf_counter()
-    with (folder / "said").open("w+") as said:
-        child = subprocess.Popen(
-            command,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: cores and os.sched_setaffinity(0, cores),
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        wall = time.perf_counter() - began
-        if status:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command)}: it failed\n{said.read()[-2000:]}")
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-
-
-def vidur(
-    checkout: str, python: str, trace: str, count: int, load: float, folder: Path
-) -> tuple[float, float, float]:
-    """Vidur's own simulator on the same arrivals and lengths, with its Sarathi scheduler at these limits."""
-    from traces.registry import build
-
-    rows = ["arrived_at,num_prefill_tokens,num_decode_tokens"]
-    for request in build("azure_2023_conv", {"path": trace, "limit": count, "rate_scale": load}).requests:
-        rows.append(f"{request.arrival / 1e9},{len(request.prompt)},{request.output_limit}")
-    (folder / "trace.csv").write_text("\n".join(rows) + "\n")
-    words = {
-        "replica_config_device": "a100",
-        "replica_config_model_name": "meta-llama/Meta-Llama-3-8B",
-        "cluster_config_num_replicas": "1",
-        "replica_config_tensor_parallel_size": "1",
-        "replica_config_num_pipeline_stages": "1",
-        "request_generator_config_type": "trace_replay",
-        "trace_request_generator_config_trace_file": str(folder / "trace.csv"),
-        "trace_request_generator_config_max_tokens": "16384",
-        "replica_scheduler_config_type": "sarathi",
-        "sarathi_scheduler_config_batch_size_cap": "256",
-        "sarathi_scheduler_config_chunk_size": "512",
-        "random_forrest_execution_time_predictor_config_prediction_max_prefill_chunk_size": "16384",
-        "random_forrest_execution_time_predictor_config_prediction_max_batch_size": "512",
-        "random_forrest_execution_time_predictor_config_prediction_max_tokens_per_request": "16384",
-        "metrics_config_output_dir": str(folder / "vidur"),
-    }
-    flags = [word for key, value in words.items() for word in (f"--{key}", value)]
-    here = os.getcwd()
-    os.chdir(checkout)
-    try:
-        return timed([python, "-m", "vidur.main", *flags], folder, {min(os.sched_getaffinity(0))})
-    finally:
-        os.chdir(here)
+def beside(options: dict[str, str], trace: str, count: int, load: float) -> None:
+    """Print what other simulators take for the same requests."""
+    requests = build("azure_2023_conv", {"path": trace, "limit": count, "rate_scale": load}).requests
+    print(
+        f"{'another':<22}{'requests':>9}{'wall s':>8}{'CPU s':>7}{'requests/s':>12}{'MB':>6}{'start s':>9}{'batch':>7}"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        rows: list[Iterator[simulators.Row]] = []
+        if "vidur" in options:
+            python = options.get("python", sys.executable)
+            rows.append(simulators.vidur(options["vidur"], python, requests, Path(name)))
+        if "blis" in options:
+            rows.append(simulators.blis(options["blis"], requests, Path(name)))
+        for what, took, start, mean in itertools.chain(*rows):
+            batch = f"{mean:.1f}" if mean else ""
+            print(f"{what:<22}{len(requests):>9}{took.wall:>8.2f}{took.cpu:>7.2f}{len(requests) / took.wall:>12.0f}"
+                  f"{took.memory:>6.0f}{start:>9.2f}{batch:>7}", flush=True)  # fmt: skip
 
 
 def main(words: list[str]) -> int:
     options = dict(word.split("=", 1) for word in words if "=" in word)
-    unknown = set(options) - {"trace", "requests", "record", "load", "vidur", "python", "child"}
+    unknown = set(options) - {"trace", "requests", "record", "load", "vidur", "blis", "python", "child"}
     if unknown or "trace" not in options or len(options) != len(words):
         print(__doc__)
         return 2
@@ -199,19 +167,14 @@ def main(words: list[str]) -> int:
                     f"load={load}",
                     f"child={name}",
                 ]
-                wall, cpu, memory = timed([sys.executable, __file__, *words], Path(name), core)
+                wall, cpu, memory = simulators.timed([sys.executable, __file__, *words], Path(name), core)
                 f = json.loads((Path(name) / "found.json").read_text())
                 share = 100 * f["recording_s"] / wall
             print(f"{record:<10}{count:>9}{wall:>8.2f}{cpu:>7.2f}{count / wall:>12.0f}{memory:>6.0f}{f['steps']:>9}"
                   f"{f['batch']:>7.1f}{f['busy']:>6.2f}{f['drive_s']:>9.2f}{share:>10.0f}"
                   f"{f['written_mb']:>9.1f}  {f['digest']}", flush=True)  # fmt: skip
-    if "vidur" in options:
-        with tempfile.TemporaryDirectory() as name:
-            python = options.get("python", sys.executable)
-            wall, cpu, memory = vidur(options["vidur"], python, trace, counts[0], load, Path(name))
-            print(
-                f"{'Vidur':<10}{counts[0]:>9}{wall:>8.2f}{cpu:>7.2f}{counts[0] / wall:>12.0f}{memory:>6.0f}"
-            )
+    if {"vidur", "blis"} & set(options):
+        beside(options, trace, counts[0], load)
     return 0
 
 
