@@ -187,8 +187,8 @@ _COLUMNS = (
 
 
 def blis(checkout: str, requests: Sequence[Request], folder: Path) -> Iterator[Row]:
-    """Its replay of a trace as it is by default, and with the router's copy of the cache never stale: the copies that it
-    takes every 50 ms, which one replica has no use for, are most of its time."""
+    """Its replay of a trace as it is by default, and with the router's copy of the cache never stale: the copies taken
+    every 50 ms, which one replica has no use for, are most of its time."""
     core = {min(os.sched_getaffinity(0))}
     for name, trace in (("one", requests[:1]), ("all", requests)):
         (folder / f"{name}.yaml").write_text(
