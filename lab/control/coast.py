@@ -26,6 +26,8 @@ Price = Callable[[Decoding], StepTiming]
 def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
     """Take the steps that are foreseen and end before `until`; returns the time after the last of them."""
     decodes, pool, totals, load = core._decodes, core.pool, core._totals, core._load
+    rows, replica, policy = core._rows, core.replica, core.policy_name
+    waiting = core.waiting
     index, digest = core._index, core._digest
     held = pool.held
     while core._repeats and decodes.members:
@@ -54,10 +56,14 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
         load.expected -= seqs
         state: tuple[int, ...] = ()
         gone: tuple[str, ...] = ()
-        if totals is None:
+        running = len(core._running)
+        if rows is not None:
+            free, cached, holding = pool.free, pool.cached, held
+            allocated, evicted, released = core._count()
+        elif totals is None:
             gone = tuple(core._released)
             core._released.clear()
-            state = (len(core._running), len(core._waiting), pool.free, pool.cached, held, *core._count())
+            state = (running, waiting, pool.free, pool.cached, held, *core._count())
         else:
             totals.step(now, after - now, pool.total, held, digest)
         ended = decodes.advance(index, done)
@@ -67,7 +73,13 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
             for live in ended:
                 core._end(live, "finished", "length", done)
             held = pool.held
-        if state:
+        if rows is not None:
+            numbers = (
+                index, now, replica, running, waiting, 0, seqs, decoding.context, free, cached, holding,
+                allocated, evicted, released, core._count()[2] if ended else 0, seqs, seqs,
+            )  # fmt: skip
+            rows((numbers, digest, policy, timing, None, ()))
+        elif state:
             core._observer.on_step(_record(core, index, now, digest, decoding, taken, timing, state, gone))
         index += 1
         now = after

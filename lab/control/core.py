@@ -78,6 +78,8 @@ class _InFlight:
     evicted: int
     released_plan: int
     samples: int
+    told: StepPlan | None
+    """The plan, if it decided more than work."""
     released_commit: int = 0
     ranks: tuple[RankTiming, ...] = ()
 
@@ -150,6 +152,7 @@ class EngineCore:
         self.replica = replica
         self._observer = observer or Observer()
         self._totals = None if self._observer.wants_steps else self._observer.totals(replica)
+        self._rows = self._observer.step_rows() if self._observer.wants_steps else None
         self._requests: dict[RequestId, LiveRequest] = {}
         self._running: dict[RequestId, LiveRequest] = {}
         self._waiting: dict[RequestId, LiveRequest] = {}
@@ -666,6 +669,16 @@ class EngineCore:
             self._totals.step(plan.now, timing.total_ns, total, held, plan.digest)
             self._totals.decided(plan, flight.evicted)
             return
+        if self._rows is not None:
+            plan, free, cached = flight.plan, flight.blocks_free, flight.blocks_cached
+            numbers = (
+                plan.index, plan.now, self.replica, flight.running, flight.waiting, flight.prefill_tokens,
+                flight.decode_tokens, flight.context_tokens, free, cached, self.pool.total - free - cached,
+                flight.allocated, flight.evicted, flight.released_plan, flight.released_commit, len(plan.work),
+                flight.samples,
+            )  # fmt: skip
+            self._rows((numbers, plan.digest, self.policy_name, timing, flight.told, flight.ranks))
+            return
         self._observer.on_step(
             StepRecord(
                 plan=flight.plan,
@@ -783,6 +796,7 @@ class EngineCore:
         return _InFlight(
             plan, granted, len(step.together), len(self._running), self.waiting, prefill, decode, context,
             self.pool.free, self.pool.cached, allocated, evicted, released, samples,
+            plan if step.admitted or step.preempted or step.rejected or step.moved else None,
         )  # fmt: skip
 
     def _count(self) -> tuple[int, int, int]:

@@ -6,8 +6,10 @@ share the code that makes them, can't drift apart. An observer never influences 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from operator import attrgetter
+from typing import Literal, TypeAlias
 
 from lab.control.plan import RankTiming, StepPlan, StepTiming, TokenLogprobs
 from lab.control.request import Request
@@ -153,6 +155,28 @@ class StepRecord:
         return self.plan.now + self.timing.total_ns
 
 
+STEP_NUMBERS = (
+    "index", "now", "replica", "running", "waiting", "prefill_tokens", "decode_tokens", "context_tokens",
+    "blocks_free", "blocks_cached", "blocks_held", "allocated", "evicted", "released_plan", "released_commit",
+    "batch", "samples",
+)  # fmt: skip
+"""The whole numbers of a `StepRow`, named as in `StepRecord`; `batch` work items, of which `samples` draw a token."""
+
+StepRow: TypeAlias = tuple[tuple[int, ...], str, str, StepTiming, StepPlan | None, tuple[RankTiming, ...]]
+"""A step without its work: `STEP_NUMBERS`, digest, policy, timing, its plan if that decided more than work (admitted,
+preempted, rejected, moved or compacted anything), ranks."""
+
+
+_SAME = attrgetter(*STEP_NUMBERS[2:-2])
+
+
+def row_of(step: StepRecord) -> StepRow:
+    """A record as a row."""
+    plan = step.plan
+    numbers = (plan.index, plan.now, *_SAME(step), len(plan.work), plan.samples)
+    return numbers, plan.digest, step.policy, step.timing, plan, step.ranks
+
+
 @frozen
 class FleetEvent:
     """A replica came or went."""
@@ -215,6 +239,10 @@ class Observer:
     wants_work: bool = True
     """Whether a step's plan must list all of its work: that costs what the batch is long."""
 
+    def step_rows(self) -> Callable[[StepRow], object] | None:
+        """Who is told of steps as rows, in place of `on_step`: several times as fast, and enough for tables."""
+        return None
+
     def totals(self, replica: int) -> StepTotals:
         """Where a replica's sums are kept, for an observer that doesn't want each step."""
         return StepTotals()
@@ -236,6 +264,10 @@ class Observers(Observer):
         self._observers = observers
         self.wants_steps = any(observer.wants_steps for observer in observers)
         self.wants_work = any(observer.wants_steps and observer.wants_work for observer in observers)
+
+    def step_rows(self) -> Callable[[StepRow], object] | None:
+        wanting = [observer for observer in self._observers if observer.wants_steps]
+        return wanting[0].step_rows() if len(wanting) == 1 else None
 
     def totals(self, replica: int) -> StepTotals:
         return self._observers[0].totals(replica)

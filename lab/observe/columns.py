@@ -127,7 +127,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("dropped_tokens", "int64", lambda s: s.plan.dropped_tokens),
     ("copied_blocks", "int64", lambda s: s.plan.copied_blocks),
     ("rejected", "int64", lambda s: len(s.plan.rejected)),
-    ("digest", "string", lambda s: s.plan.digest),
+    ("digest", "unique", lambda s: s.plan.digest),
     *((f"{term}_term_ns", "int64", _term(place)) for place, term in enumerate(TERMS)),
     ("ranks", "ranks", lambda s: [dataclasses.asdict(part) for part in s.ranks]),
 )
@@ -169,15 +169,15 @@ FLEET: tuple[Column[FleetEvent], ...] = (
 _attributes = json.JSONEncoder(separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode
 
 SPANS: tuple[Column[SpanRow], ...] = (
-    ("trace_id", "string", lambda row: row.trace_id),
+    ("trace_id", "word", lambda row: row.trace_id),
     ("span_id", "unique", lambda row: row.span_id),
     ("parent_span_id", "unique", lambda row: row.parent_span_id),
-    ("name", "string", lambda row: row.name),
-    ("kind", "string", lambda row: row.kind),
+    ("name", "word", lambda row: row.name),
+    ("kind", "word", lambda row: row.kind),
     ("start_time_unix_nano", "int64", lambda row: row.start_time_unix_nano),
     ("end_time_unix_nano", "int64", lambda row: row.end_time_unix_nano),
-    ("plane", "string", lambda row: row.plane),
-    ("path", "string", lambda row: row.path),
+    ("plane", "word", lambda row: row.plane),
+    ("path", "word", lambda row: row.path),
     ("attributes", "unique", lambda row: _attributes(row.attributes)),
 )
 

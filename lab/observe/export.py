@@ -7,24 +7,30 @@ columns they have stands in `columns.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lab.control.observer import Decision, FleetEvent, Interval, RequestRecord, StepRecord, Transfer
 from lab.control.plan import TERMS, Compaction, Move, RankTiming, StepPlan, StepTiming, TokenLogprobs, Work
 from lab.control.request import Piece, Prompt, Request, SamplingParams, Segment
 from lab.errors import RunError
 from lab.observe.columns import FLEET, PLANS, REQUESTS, SPANS, STEPS, WORKLOAD
-from lab.observe.parquet import ROW_GROUP, read, write
-from lab.observe.recorder import by_entry
-from lab.observe.spans import SpanRow
+from lab.observe.identity import RunInfo
+from lab.observe.parquet import ROW_GROUP, Table, read, write
+from lab.observe.recorder import Recorded, by_entry
+from lab.observe.spans import SpanRow, fleet_spans
+
+T = TypeVar("T")
+
+BATCH = 4096
+"""Records whose spans are made together."""
 
 __all__ = [
     "ROW_GROUP", "WORKLOAD",
     "read_fleet", "read_plans", "read_requests", "read_steps", "read_workload",
-    "write_fleet", "write_plans", "write_requests", "write_spans", "write_steps", "write_workload",
+    "write_fleet", "write_plans", "write_requests", "write_spans", "write_spans_of", "write_steps", "write_workload",
 ]  # fmt: skip
 
 
@@ -56,6 +62,20 @@ def write_fleet(path: Path, events: Iterable[FleetEvent]) -> int:
 def write_spans(path: Path, rows: Iterable[SpanRow]) -> int:
     """Write spans, attributes as JSON with sorted keys; returns how many. Links are the rows of `plans`."""
     return write(path, rows, SPANS)
+
+
+def write_spans_of(path: Path, recorded: Recorded, info: RunInfo) -> int:
+    """Write all spans of a run, as `write_spans` would write `lab.observe.spans.spans`, made by column."""
+    from lab.observe.bulk.requests import RequestBatch
+    from lab.observe.bulk.steps import StepBatch
+
+    with Table(path, SPANS) as table:
+        for records in _batches(by_entry(recorded.requests)):
+            table.put_columns(RequestBatch(records).spans(info))
+        for steps in _batches(recorded.steps):
+            table.put_columns(StepBatch.of(steps).spans(info.workload))
+        table.put(fleet_spans(recorded.fleet, info))
+    return table.rows
 
 
 def read_workload(path: Path) -> list[Request]:
@@ -179,6 +199,11 @@ def read_fleet(path: Path) -> list[FleetEvent]:
 
 
 # -- inside --------------------------------------------------------------------------------------------
+
+
+def _batches(records: Sequence[T]) -> Iterator[Sequence[T]]:
+    for first in range(0, len(records), BATCH):
+        yield records[first : first + BATCH]
 
 
 def _known(workload: Iterable[Request]) -> dict[str, Request]:

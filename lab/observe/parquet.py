@@ -26,14 +26,16 @@ _BATCH = 1_024
 
 T = TypeVar("T")
 Column: TypeAlias = tuple[str, str, Callable[[T], Any]]
-"""Name, type (see `_arrow`; `unique`: a string that seldom repeats), and how to get the value from a row."""
+"""Name, type (see `arrow_type`), and how to get the value from a row. Of strings, `unique` ones seldom repeat, and a
+`word` is one of few: it is kept by its number until it is written."""
 
 
-def _arrow(kind: str) -> Any:
+def arrow_type(kind: str) -> Any:
+    """The Arrow type of a kind of column."""
     import pyarrow as pa
 
     if kind.startswith("list<"):
-        return pa.list_(_arrow(kind[len("list<") : -1]))
+        return pa.list_(arrow_type(kind[len("list<") : -1]))
     if kind == "pieces":
         stream, number = ("stream", pa.uint64()), pa.int64()
         return pa.list_(
@@ -61,7 +63,19 @@ def _arrow(kind: str) -> Any:
         return pa.list_(pa.struct([("chosen", pa.float64()), ("top", top)]))
     if kind in ("string", "unique"):
         return pa.string()
+    if kind == "word":
+        return pa.dictionary(pa.int32(), pa.string())
     return {"int64": pa.int64, "int32": pa.int32, "double": pa.float64, "bool": pa.bool_}[kind]()
+
+
+def empty_lists(kind: str, count: int) -> Any:
+    """A column of a kind that is a list, without anything in it."""
+    import numpy as np
+    import pyarrow as pa
+
+    of = arrow_type(kind)
+    nowhere = pa.array(np.zeros(count + 1, np.int32))
+    return pa.ListArray.from_arrays(nowhere, pa.array([], of.value_type), type=of)
 
 
 class _NoPandas(MetaPathFinder):
@@ -72,7 +86,7 @@ class _NoPandas(MetaPathFinder):
             raise ImportError("not now")
 
 
-def _without_pandas() -> None:
+def without_pandas() -> None:
     """Keep pyarrow from importing pandas (half a second) just to ask whether a list is a Series.
 
     It asks once a process; told that there is none it takes lists as lists. Whoever needs pandas later, such
@@ -99,18 +113,25 @@ class Table(Generic[T]):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        _without_pandas()
+        without_pandas()
         self._path, self._columns, self._group = path, columns, group
-        self._kinds = [_arrow(kind) for _, kind, _ in columns]
+        self._kinds = [arrow_type(kind) for _, kind, _ in columns]
+        said = {"lab.schema.version": str(SCHEMA_VERSION)}
         self._schema = pa.schema(
             [(name, kind) for (name, _, _), kind in zip(columns, self._kinds, strict=True)],
-            metadata={"lab.schema.version": str(SCHEMA_VERSION)},
+            metadata=said,
         )
         # A dictionary of values that don't repeat is a third more bytes and twice the time (flat tables only).
         unique = any(kind == "unique" for _, kind, _ in columns)
         repeating: Any = [name for name, kind, _ in columns if kind != "unique"] if unique else True
-        options = {"compression": "zstd", "version": "2.6", "use_dictionary": repeating}
+        options: dict[str, Any] = {"compression": "zstd", "version": "2.6", "use_dictionary": repeating}
+        words = any(kind == "word" for _, kind, _ in columns)
+        options[
+            "store_schema"
+        ] = not words  # else who reads them would get numbers and a dictionary, not strings
         self._writer = pq.ParquetWriter(path, self._schema, **options)
+        if words:
+            self._writer.add_key_value_metadata(said)
         self._batches: list[Any] = []
         self._waiting = 0
         self.rows = 0
@@ -127,15 +148,26 @@ class Table(Generic[T]):
                 try:
                     arrays.append(pa.array([get(row) for row in rows_now], kind))
                 except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-                    raise RunError(f"can't write column '{name}' of '{self._path.name}': {error}") from error
+                    raise self._unfit(name, error) from error
             self._add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
 
-    def put_columns(self, columns: Sequence[Sequence[Any]]) -> None:
-        """More rows, as values by column. At most a row group."""
+    def put_columns(self, columns: Sequence[Any]) -> None:
+        """More rows, a row group of their own, by column: sequences, numpy, or Arrow of the column's type."""
         import pyarrow as pa
 
-        arrays = [pa.array(values, kind) for values, kind in zip(columns, self._kinds, strict=True)]
-        self._add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        arrays = []
+        for (name, _, _), kind, values in zip(self._columns, self._kinds, columns, strict=True):
+            try:
+                arrays.append(values if isinstance(values, pa.Array) else pa.array(values, kind))
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+                raise self._unfit(name, error) from error
+        self._flush()
+        self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self.rows += len(arrays[0])
+        self._flush()
+
+    def _unfit(self, name: str, error: Exception) -> RunError:
+        return RunError(f"can't write column '{name}' of '{self._path.name}': {error}")
 
     def _add(self, batch: Any) -> None:
         self._batches.append(batch)
@@ -180,7 +212,7 @@ def in_memory(rows: Sequence[T], columns: Sequence[Column[T]]) -> Any:
     """The rows as an Arrow table that no file has."""
     import pyarrow as pa
 
-    kinds = [(name, _arrow(kind)) for name, kind, _ in columns]
+    kinds = [(name, arrow_type(kind)) for name, kind, _ in columns]
     return pa.table([[get(row) for row in rows] for _, _, get in columns], schema=pa.schema(kinds))
 
 

@@ -31,7 +31,6 @@ from lab.observe.identity import RunInfo
 from lab.observe.metrics import Power, summarise
 from lab.observe.prometheus import prometheus_text
 from lab.observe.recorder import Recorded
-from lab.observe.spans import spans
 
 
 class RunDirectory:
@@ -137,7 +136,7 @@ class RunDirectory:
         writers |= {
             "metrics.json": lambda path: path.write_text(_json(summary), encoding="utf-8"),
             "metrics.prom": lambda path: path.write_text(text, encoding="utf-8"),
-            "spans.parquet": lambda path: export.write_spans(path, spans(recorded, info, links=False)),
+            "spans.parquet": lambda path: export.write_spans_of(path, recorded, info),
             **more,
         }
         failures: list[RunError] = []

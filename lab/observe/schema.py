@@ -237,6 +237,7 @@ TABLES: dict[str, tuple[Sequence[Column[object]], Meanings]] = {
 
 _SHAPES = {
     "unique": "string",
+    "word": "string",
     "pieces": "list<struct>",
     "intervals": "list<struct>",
     "biases": "list<struct>",

@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab.control.observer import FleetEvent, Observer, RequestRecord, StepRecord, StepTotals
+from lab.control.observer import FleetEvent, Observer, RequestRecord, StepRecord, StepRow, StepTotals, row_of
 from lab.observe.columns import FLEET, REQUESTS, SPANS, STEPS
 from lab.observe.identity import RunInfo
 from lab.observe.metrics import Tally
-from lab.observe.packed import packed
-from lab.observe.parquet import Column, Table, write
-from lab.observe.spans import fleet_spans, request_spans, step_spans
+from lab.observe.parquet import Table, write
+from lab.observe.spans import fleet_spans
 
 BUFFER = 1024
 """Records that wait to be written together."""
-
-_LEFT_OUT = {"token_times_ns": (), "output": (), "logprobs": ()}
-
-STREAMED: tuple[Column[RequestRecord], ...] = tuple(
-    (name, kind, (lambda record: ()) if name in _LEFT_OUT else get) for name, kind, get in REQUESTS
-)
-"""The columns of requests; the lists by token are empty."""
 
 
 class Stream(Observer):
@@ -48,13 +40,13 @@ class Stream(Observer):
         self.fleet: list[FleetEvent] = []
         self._folder, self._info = folder, info
         self._records: list[RequestRecord] = []
-        self._steps: list[StepRecord] = []
+        self._steps: list[StepRow] = []
         self._files: dict[str, Path] = {}
-        self._requests: Table[Any] = Table(self._temporary("requests.parquet"), STREAMED, 8 * BUFFER)
-        self._spans: Table[Any] = Table(self._temporary("spans.parquet"), SPANS, 8 * BUFFER)
+        self._requests: Table[Any] = Table(self._temporary("requests.parquet"), REQUESTS)
+        self._spans: Table[Any] = Table(self._temporary("spans.parquet"), SPANS)
         self._table: Table[Any] | None = None
         if steps:
-            self._table = Table(self._temporary("steps.parquet"), STEPS, 8 * BUFFER)
+            self._table = Table(self._temporary("steps.parquet"), STEPS)
 
     def totals(self, replica: int) -> StepTotals:
         return self.sums.setdefault(replica, StepTotals())
@@ -64,9 +56,16 @@ class Stream(Observer):
         if len(self._records) >= BUFFER:
             self._write_requests()
 
+    def step_rows(self) -> Callable[[StepRow], object] | None:
+        return self.on_row
+
     def on_step(self, step: StepRecord) -> None:
-        self._steps.append(step)
-        if len(self._steps) >= BUFFER:
+        self.on_row(row_of(step))
+
+    def on_row(self, row: StepRow) -> None:
+        """A step was committed."""
+        self._steps.append(row)
+        if len(self._steps) >= 4 * BUFFER:
             self._write_steps()
 
     def on_fleet(self, event: FleetEvent) -> None:
@@ -82,7 +81,7 @@ class Stream(Observer):
         self._write_requests()
         self._write_steps()
         if self.fleet:
-            self._put_spans(list(fleet_spans(self.fleet, self._info, packed)))
+            self._spans.put(fleet_spans(self.fleet, self._info))
         for table in (self._requests, self._spans, self._table):
             if table is not None:
                 table.close()
@@ -105,23 +104,20 @@ class Stream(Observer):
     def _write_requests(self) -> None:
         records, self._records = self._records, []
         if records:
+            from lab.observe.bulk.requests import RequestBatch
+
             self.tally.add(records)
-            self._requests.put(records)
-            info = self._info
-            self._put_spans([row for record in records for row in request_spans(record, info, packed)])
+            batch = RequestBatch(records)
+            self._requests.put_columns(batch.columns())
+            self._spans.put_columns(batch.spans(self._info))
 
     def _write_steps(self) -> None:
         steps, self._steps = self._steps, []
-        if not steps or self._table is None:
-            return
-        for step in steps:
-            total = self.totals(step.replica)
-            blocks = step.blocks_free + step.blocks_cached + step.blocks_held
-            total.step(step.start, step.timing.total_ns, blocks, step.blocks_held, step.plan.digest)
-            total.decided(step.plan, step.evicted)
-        self._table.put(steps)
-        info = self._info
-        self._put_spans([row for step in steps for row in step_spans(step, info, None, packed)])
+        if steps and self._table is not None:
+            from lab.observe.bulk.steps import StepBatch
 
-    def _put_spans(self, rows: Sequence[Sequence[Any]]) -> None:
-        self._spans.put_columns(list(zip(*rows, strict=True)))
+            batch = StepBatch(steps)
+            del steps
+            batch.add_to(self.totals)
+            self._table.put_columns(batch.columns())
+            self._spans.put_columns(batch.spans(self._info.workload))
