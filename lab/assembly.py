@@ -32,6 +32,8 @@ class EngineSpec:
     fleet: FleetSpec = field(default_factory=FleetSpec)
     joins_late: bool = False
     """See `EngineCore`."""
+    last_block: bool = True
+    """See `BlockPool`."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> EngineSpec:
@@ -54,6 +56,7 @@ class EngineSpec:
                     roles=tuple(slot.role for slot in slots),
                 ),
                 joins_late=bool(config.get("mechanisms", {}).get("async_scheduling", False)),
+                last_block=bool(config.get("mechanisms", {}).get("last_block", True)),
             )
         except (KeyError, TypeError) as error:
             raise RunError(
@@ -134,6 +137,7 @@ def assemble(
             on_admitted=future.passed if future is not None else None,
             aggregate=aggregate,
             joins_late=spec.joins_late,
+            last_block=spec.last_block,
         )
         core.on_ended = lambda record, now: gateways[0].ended(record, now)
         return core

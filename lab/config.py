@@ -100,6 +100,10 @@ class MechanismsConfig:
     async_scheduling: bool = option(
         False, "the next step is planned while one runs: who arrives meanwhile joins one step later"
     )
+    last_block: bool = option(
+        True,
+        "a prompt that is cached to its last token computes its last block again (vLLM); false: that token alone",
+    )
     graph_padding: bool = option(
         False, "batches are padded to the sizes of recorded CUDA graphs (cost=physical, tables)"
     )

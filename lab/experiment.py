@@ -199,6 +199,7 @@ def _directory(cfg: Config, key: str, slug: str) -> Path:
 def _conclude(cfg: Config, finished: Mapping[str, Path], path: Path) -> None:
     """Compare, print, and write the report page. A simulation alone must not wait for pandas and plots."""
     from lab.analysis.lateness import lateness
+    from lab.analysis.machine import machine
     from lab.analysis.runs import Run, load
     from lab.analysis.table import show
 
@@ -210,7 +211,9 @@ def _conclude(cfg: Config, finished: Mapping[str, Path], path: Path) -> None:
         result = compare(runs[0], runs[1], path / "replay")
         result.write(path / "diff.json")
     show(result or runs[0])
-    said = dict.fromkeys(filter(None, (say(run) for run in runs for say in (Run.all_rejected, lateness))))
+    said = dict.fromkeys(
+        filter(None, (say(run) for run in runs for say in (Run.all_rejected, lateness, machine)))
+    )
     for sentence in said:
         print(sentence)
     for name, where in finished.items():

@@ -33,6 +33,7 @@ from sim.cost.warmup import WithWarmup
 from sim.driver import Simulation
 from sim.executor import Output, SimExecutor
 from sim.moves import Failure, Link
+from sim.probes import Watch, speed_of
 
 if TYPE_CHECKING:
     from lab.analysis.frames import RunLike
@@ -64,11 +65,13 @@ class SimBackend:
         replicas: Sequence[tuple[CostModel, Capacity]] = (),
         link: Link | None = None,
         failures: Sequence[Failure] = (),
+        watch: Watch | None = None,
     ) -> None:
-        """`replicas`: the topology's, in the order of their places, where it has groups."""
+        """`replicas`: the topology's, in the order of their places, where it has groups. `watch`: of the machine that
+        a real run beside this one has."""
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
-        self._link, self._failures = link, failures
+        self._link, self._failures, self._watch = link, failures, watch
         models = [model for model, _ in replicas] or [cost]
         self.power = [_power(model) for model in models if isinstance(model, PhysicalCost)]
         self._mechanisms, self._console = mechanisms or MechanismsConfig(), console
@@ -87,6 +90,8 @@ class SimBackend:
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
         told = self._mechanisms
+        if self._watch is not None:
+            self._watch.ended()
         return Simulation(
             control,
             self.executor,
@@ -100,9 +105,11 @@ class SimBackend:
         )
 
     def account(self) -> dict[str, Any]:
-        """How often the cost model was asked for what nobody has measured; empty where it can't be."""
+        """How often the cost model was asked for what nobody has measured, and how fast the machine was meanwhile;
+        empty where there is nothing to say."""
         asked = getattr(self.cost, "account", None)
-        return {} if asked is None else dict(asked())
+        machine = {} if self._watch is None else {"machine_ns": self._watch.account()}
+        return ({} if asked is None else dict(asked())) | machine
 
     def close(self) -> None:
         self.executor.close()
@@ -142,6 +149,7 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         "dtype": cfg.model.dtype,
     }
     count = sum(group.count for group in cfg.topology.groups.values())
+    speed = speed_of(cost)
     return SimBackend(
         cost,
         capacity,
@@ -152,6 +160,7 @@ def open_backend(cfg: Config, console: Console, beside: Backend | None) -> SimBa
         replicas=[(cost, capacity)] * count,
         link=_link(cfg),
         failures=_failures(cfg),
+        watch=Watch(beside.executor, speed) if beside is not None and speed else None,
     )
 
 

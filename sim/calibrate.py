@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 from lab import plugins
 from lab.config import Config, CostConfig
@@ -27,61 +26,21 @@ from lab.control.core import EngineCore
 from lab.control.executor import Executor
 from lab.control.loop import IDLE, serve
 from lab.control.observer import Observer, StepRecord
-from lab.control.plan import GENESIS, Move, StepPlan, StepTiming, Work
+from lab.control.plan import StepTiming
 from lab.control.request import Prompt, Request, Segment, stream_of
 from lab.control.step import Limits
 from lab.errors import ConfigError
 from lab.policy import EvictionPolicy, SchedulingPolicy
+from sim.bench import Bench, Sample, Shape
 from sim.cost.linear import PHASES, LinearCost
 from sim.cost.model import Batch
+from sim.probes import EVERY_S, Pace, Probed, Speed, mean
 
 if TYPE_CHECKING:
     from lab.backend import OpenBackend
 
 Notify = Callable[[int, int, str], None]
 """Called with (done, total, what) as calibration goes on."""
-
-Sample: TypeAlias = tuple[Batch, StepTiming]
-IN_A_ROW = 3
-"""Steps of a shape of decodes; the first meets caches full of something else, and isn't counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A batch to measure: decodes of about one context, and prompt chunks of (start, tokens) each."""
-
-    decodes: int = 0
-    context: int = 0
-    chunks: tuple[tuple[int, int], ...] = ()
-
-    def contexts(self) -> list[int]:
-        """The decodes' contexts: from a quarter to seven quarters of `context`, as uneven as in a real batch.
-
-        Equal contexts, or whole blocks, would need no padding, and measure a case that never happens.
-        """
-        if self.decodes == 1:
-            return [self.context + 3]
-        step = 1.5 * self.context / max(1, self.decodes - 1)
-        return [self.context // 4 + round(step * i) + 3 for i in range(self.decodes)]
-
-    @property
-    def reach(self) -> int:
-        """The longest context while it is measured."""
-        row = 0 if self.chunks else IN_A_ROW - 1
-        return row + max([*self.contexts(), *(start + tokens for start, tokens in self.chunks)])
-
-    @property
-    def tokens(self) -> int:
-        return self.decodes + sum(tokens for _, tokens in self.chunks)
-
-    def label(self) -> str:
-        parts = [f"{self.decodes} decodes at about {self.context}"] if self.decodes else []
-        parts += (
-            [f"{len(self.chunks)} x {self.chunks[0][1]} prompt tokens at {self.chunks[0][0]}"]
-            if self.chunks
-            else []
-        )
-        return " + ".join(parts)
 
 
 def grid(limits: Limits, max_context: int) -> list[Shape]:
@@ -97,59 +56,6 @@ def grid(limits: Limits, max_context: int) -> list[Shape]:
         return few and shape.reach <= max_context
 
     return [shape for shape in shapes if fits(shape)]
-
-
-class Bench:
-    """Makes plans for shapes by hand and times them."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._count = 0
-        self._next = 0
-        order = list(range(executor.capacity.blocks))
-        random.Random(0).shuffle(order)
-        self._order = order
-        """Blocks as a pool hands them out that was in use for a while: next to nothing lies side by side."""
-        self._gone: tuple[str, ...] = ()
-
-    def measure(self, shape: Shape) -> list[Sample]:
-        """A shape once; if it is decodes alone, a row of steps after a first one, as they come in a run."""
-        capacity = self._executor.capacity
-        size = capacity.block_size
-        row = 1 if shape.chunks else IN_A_ROW
-        requests: list[Request] = []
-        works: list[Work] = []
-        items = [(context - 1, 1) for context in shape.contexts()] + list(shape.chunks)
-        for start, tokens in items:
-            self._count += 1
-            name = f"calibration-{self._count}"
-            prompt = Prompt((Segment(stream_of(name), 0, start + tokens),))
-            count = -(-(start + tokens + row - 1) // size)
-            blocks = tuple(self._order[(self._next + i) % capacity.blocks] for i in range(count))
-            self._next += count
-            requests.append(Request(id=name, prompt=prompt, output_len=row))
-            works.append(Work(name, start, tokens, True, blocks))
-        names = tuple(request.id for request in requests)
-        # Introduced in a plan of their own: what a newcomer costs is no part of a batch's shape.
-        self._executor.execute(StepPlan(0, 0, (), GENESIS, tuple(requests), names, released=self._gone))
-        self._gone = names
-        found = []
-        for _ in range(row):
-            plan = StepPlan(0, 0, tuple(works), GENESIS)
-            result = self._executor.execute(plan)
-            timing = StepTiming(0, result.prepare_ns, result.forward_ns, result.sample_ns, 0)
-            found.append((Batch.of(plan), timing))
-            works = [Work(work.request, work.start + 1, 1, True, ()) for work in works]
-        return found[1:] or found
-
-    def write(self) -> None:
-        """Have every block written: memory that nobody wrote is one page, read over and over."""
-        pairs = tuple((0, block) for block in range(1, self._executor.capacity.blocks))
-        if pairs:
-            self._executor.execute(StepPlan(0, 0, (), GENESIS, copies=(Move("calibration", pairs),)))
-
-    def finish(self) -> None:
-        self._executor.execute(StepPlan(0, 0, (), GENESIS, released=self._gone))
 
 
 class _Steps(Observer):
@@ -195,22 +101,39 @@ def shakedown(
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: repeats of each shape by its label, and the short workload's steps in order."""
+    """What was measured: repeats of each shape by its label, and the short workload's steps in order.
+
+    All as they would be had the machine been of one `speed` throughout: the mean of the probes taken between them.
+    """
 
     grid: Mapping[str, Sequence[Sample]]
     steps: Sequence[Sample]
+    speed: Speed = field(default_factory=dict)
 
-    def and_again(self, other: Measured) -> Measured:
-        """Both together, as if measured at one time: what two moments of a machine have in common."""
-        grid = {label: [*samples, *other.grid.get(label, ())] for label, samples in self.grid.items()}
-        return Measured(grid, [*self.steps, *other.steps])
+    @classmethod
+    def together(cls, several: Sequence[Measured]) -> Measured:
+        """All of them, as if measured at one time, at the mean of their speeds."""
+        speed = mean([each.speed for each in several])
+        several = [each.at(speed) for each in several]
+        labels = dict.fromkeys(label for each in several for label in each.grid)
+        grid = {label: [s for each in several for s in each.grid.get(label, ())] for label in labels}
+        return cls(grid, [s for each in several for s in each.steps], speed)
+
+    def at(self, speed: Speed) -> Measured:
+        """The same as of a machine of another speed."""
+        pace = Pace.of(speed, self.speed)
+
+        def paced(samples: Sequence[Sample]) -> list[Sample]:
+            return [(batch, pace.applied(timing, batch.rows)) for batch, timing in samples]
+
+        return Measured({k: paced(v) for k, v in self.grid.items()}, paced(self.steps), speed)
 
     def to_json(self) -> str:
         def plain(samples: Sequence[Sample]) -> list[list[Any]]:
             return [[list(astuple(batch)), list(astuple(timing))] for batch, timing in samples]
 
         grid = {label: plain(samples) for label, samples in self.grid.items()}
-        return json.dumps({"grid": grid, "steps": plain(self.steps)}) + "\n"
+        return json.dumps({"grid": grid, "steps": plain(self.steps), "probes_ns": self.speed}) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Measured:
@@ -218,7 +141,33 @@ class Measured:
             return [(Batch(*batch), StepTiming(*timing[:7])) for batch, timing in plain]
 
         body = json.loads(text)
-        return cls({label: samples(rows) for label, rows in body["grid"].items()}, samples(body["steps"]))
+        grid = {label: samples(rows) for label, rows in body["grid"].items()}
+        return cls(grid, samples(body["steps"]), {int(rows): ns for rows, ns in body["probes_ns"].items()})
+
+
+class _AtOneSpeed:
+    """Samples with the probes that were taken around each."""
+
+    def __init__(self, probed: Probed) -> None:
+        self._probed = probed
+        self._places: list[int] = []
+        self._samples: list[tuple[str | None, Sample]] = []
+
+    def add(self, label: str | None, samples: Sequence[Sample]) -> None:
+        """Of a shape of this label; None: of the short workload."""
+        self._samples += [(label, sample) for sample in samples]
+        self._places += [len(self._probed.taken)] * len(samples)
+
+    def all(self) -> Measured:
+        """All of them at one speed."""
+        speed = mean([self._probed.near(place + 1) for place in range(len(self._probed.taken))])
+        grid: dict[str, list[Sample]] = {}
+        steps: list[Sample] = []
+        for place, (label, (batch, timing)) in zip(self._places, self._samples, strict=True):
+            pace = Pace.of(speed, self._probed.near(place))
+            into = steps if label is None else grid.setdefault(label, [])
+            into.append((batch, pace.applied(timing, batch.rows)))
+        return Measured(grid, steps, speed)
 
 
 def measure(
@@ -228,34 +177,54 @@ def measure(
     limits: Limits,
     *,
     repeats: int = 3,
+    every_s: float = EVERY_S,
     notify: Notify = lambda done, total, what: None,
 ) -> Measured:
-    """The grid, `repeats` times over, and the short workload. Raises `ConfigError` where nothing fits the limits."""
-    capacity = executor.capacity
+    """The grid, `repeats` times over, and the short workload, with probes every `every_s` seconds.
+
+    Raises `ConfigError` where nothing fits the limits.
+    """
+    probed = Probed(executor, every_s=every_s)
+    capacity = probed.capacity
     shapes = grid(limits, min(capacity.max_context, capacity.blocks * capacity.block_size))
     if not shapes:
         raise ConfigError(
             f"no batch shape to measure fits engine.token_budget={limits.token_budget} and "
             f"engine.max_seqs={limits.max_seqs} with a context of {capacity.max_context}; make one of them larger"
         )
-    bench = Bench(executor)
+    bench = Bench(executor, range(capacity.blocks))
     bench.write()
     for shape in (shapes[0], shapes[-1]):
         bench.measure(shape)
+    probed.probe()
+    probed.forget()  # the first of all is slower
+    seen = _AtOneSpeed(probed)
     # Rounds over the whole grid, not repeats of one shape: a noisy second then spoils one sample of many.
-    samples: dict[str, list[Sample]] = {shape.label(): [] for shape in shapes}
     for round_ in range(repeats):
         for index, shape in enumerate(shapes):
             notify(round_ * len(shapes) + index, repeats * len(shapes) + 1, shape.label())
-            samples[shape.label()] += bench.measure(shape)
+            probed.keep_up()
+            seen.add(shape.label(), bench.measure(shape))
     bench.finish()
     notify(repeats * len(shapes), repeats * len(shapes) + 1, "a short workload")
-    steps = shakedown(executor, policy, eviction, limits)
-    return Measured(samples, [(Batch.of(step.plan), step.timing) for step in steps if step.plan.work])
+    for step in shakedown(probed, policy, eviction, limits):
+        if step.plan.work:
+            seen.add(None, [(Batch.of(step.plan), step.timing)])
+    probed.probe()
+    return seen.all()
+
+
+HEADS_APART = {"native-paged": 4}
+"""By attention: with fewer decodes than so many a thread, their heads are shared out (`tasks` in
+real_engine/native/attention.h)."""
 
 
 def fit(measured: Measured, about: Mapping[str, Any]) -> LinearCost:
     """Fit what was measured. `about` is kept beside the coefficients, with the fit's error in and out of sample."""
+    if measured.speed:
+        about = {**about, "probes_ns": {str(rows): ns for rows, ns in measured.speed.items()}}
+    share = HEADS_APART.get(about.get("attention", ""), 0)
+    about = {**about, "heads_apart_below": share * int(about.get("threads", 0))}
     learnt, unseen = measured.steps[::2], measured.steps[1::2]
     told: dict[str, list[tuple[Batch, int]]] = {}
     for phase in PHASES:
@@ -283,7 +252,7 @@ def fit(measured: Measured, about: Mapping[str, Any]) -> LinearCost:
         "holdout_error_pct": _errors(
             [cost.price(batch).total_ns for batch, _ in unseen], [timing.total_ns for _, timing in unseen]
         ),
-        "holdout_by_shape_pct": _by_shape(told),
+        "holdout_by_shape_pct": _by_shape(told, about),
     }
     return LinearCost(cost.coefficients, {**cost.measured_on, "quality": quality}, cost.intervals)
 
@@ -334,7 +303,9 @@ def kind_of(batch: Batch) -> str:
     return "mixed" if batch.decode_context else "prompts"
 
 
-def _by_shape(measured: Mapping[str, Sequence[tuple[Batch, int]]]) -> dict[str, dict[str, float]]:
+def _by_shape(
+    measured: Mapping[str, Sequence[tuple[Batch, int]]], about: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
     """Error of the forward pass on each kind of batch, by fits that didn't see it: every fifth is left out in turn."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for fold in range(FOLDS):
@@ -342,7 +313,7 @@ def _by_shape(measured: Mapping[str, Sequence[tuple[Batch, int]]]) -> dict[str, 
             phase: [item for i, item in enumerate(items) if i % FOLDS != fold] or items
             for phase, items in measured.items()
         }
-        fit = LinearCost.fit(seen, {}, intervals=False)
+        fit = LinearCost.fit(seen, about, intervals=False)
         for batch, took in measured["forward_ns"][fold::FOLDS]:
             pairs.setdefault(kind_of(batch), []).append((fit.price(batch).forward_ns, took))
     return {

@@ -108,7 +108,7 @@ class EngineCore:
     no meaning where the output's length is forced: the same decisions, but such tokens are not emitted.
 
     `joins_late`: the next step is decided while one is being executed, so that a request which arrives meanwhile waits
-    one more (asynchronous scheduling, vLLM 0.14 and later).
+    one more (asynchronous scheduling, vLLM 0.14 and later). `last_block`: see `BlockPool`.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class EngineCore:
         on_admitted: Callable[[RequestId], None] | None = None,
         aggregate: bool = False,
         joins_late: bool = False,
+        last_block: bool = True,
     ) -> None:
         self.policy = policy
         self.policy_name = policy_name or type(policy).__name__
@@ -141,7 +142,13 @@ class EngineCore:
         self.capacity = capacity
         self._index = 0
         self.pool: BlockPool = self._evicting(
-            "on_open", BlockPool, capacity.blocks, capacity.block_size, eviction, prefix_cache=prefix_cache
+            "on_open",
+            BlockPool,
+            capacity.blocks,
+            capacity.block_size,
+            eviction,
+            prefix_cache=prefix_cache,
+            last_block=last_block,
         )
         self.host = HostTier(capacity.host_blocks)
         self.estimate = StepEstimate()
@@ -247,14 +254,16 @@ class EngineCore:
     def cached(self, request: Request, then: Container[bytes] | None = None) -> int:
         """Prompt tokens that the prefix cache holds of a request that isn't here yet; or held `then`."""
         pool = self.pool
-        limit = (len(request.prompt) - 1) // pool.block_size
+        limit = pool.most_hits(len(request.prompt))
         if not pool.prefix_cache or not limit:
             return 0
         chain = ContentChain(request.prompt, pool.block_size, request.cache_salt, (), None)
         keys = chain.upto(limit)
         if then is None:
-            return len(pool.match(keys, limit)) * pool.block_size
-        return next((i for i in range(limit) if keys[i + 1] not in then), limit) * pool.block_size
+            found = len(pool.match(keys, limit))
+        else:
+            found = next((i for i in range(limit) if keys[i + 1] not in then), limit)
+        return min(found * pool.block_size, len(request.prompt) - 1)
 
     def refusal(self, request: Request) -> RequestRefused | None:
         """Why this request could never fit here; None if it can."""

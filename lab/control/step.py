@@ -148,7 +148,9 @@ class StepBuilder:
 
     def cached(self, request: RequestView | RequestId) -> int:
         live = self._find(request, "cached")
-        return len(self._hits(live)) * self._pool.block_size if live.status == "waiting" else 0
+        if live.status != "waiting":
+            return 0
+        return min(len(self._hits(live)) * self._pool.block_size, live.known - 1)
 
     def blocks_for(self, request: RequestView | RequestId, tokens: int) -> int:
         live = self._find(request, "blocks_for")
@@ -360,7 +362,7 @@ class StepBuilder:
         if not (live.preemptions or came):
             # What another sequence of its parent lends is no hit where there is no prefix cache.
             live.cached_blocks = len(hits) if self._pool.prefix_cache else 0
-            live.cached_tokens = live.cached_blocks * self._pool.block_size
+            live.cached_tokens = min(live.cached_blocks * self._pool.block_size, live.known - 1)
         # Swapped back in with its last token to come, it goes on decoding.
         decoding = kept and live.output and live.known - live.computed == 1
         live.enter("decode" if decoding else "prefill", self.now)
@@ -382,7 +384,7 @@ class StepBuilder:
             return live.computed
         if live.group and self._donor(live) is not None:
             return min(live.prompt_tokens, live.known - 1)
-        return max(len(hits) * self._pool.block_size, live.computed)
+        return max(min(len(hits) * self._pool.block_size, live.known - 1), live.computed)
 
     def _ask(self, question: Callable[..., Any], *args: object) -> Any:
         try:
@@ -447,7 +449,7 @@ class StepBuilder:
             return donor.blocks[: self._ready(live, []) // pool.block_size]
         if not pool.prefix_cache:
             return []
-        limit = (live.known - 1) // pool.block_size
+        limit = pool.most_hits(live.known)
         if not limit or pool.find(live.chain.upto(1)[1]) is None:
             return []
         return pool.match(live.chain.upto(limit), limit)

@@ -101,13 +101,22 @@ class BlockPool:
     """Reference-counted KV blocks with a content index. `eviction` chooses victims; the pool commits."""
 
     def __init__(
-        self, blocks: int, block_size: int, eviction: EvictionPolicy, *, prefix_cache: bool = True
+        self,
+        blocks: int,
+        block_size: int,
+        eviction: EvictionPolicy,
+        *,
+        prefix_cache: bool = True,
+        last_block: bool = True,
     ) -> None:
+        """`last_block`: who finds all of its tokens cached still computes the last block of them; else it takes that
+        one too, and computes its last token in place."""
         if blocks < 1:
             raise ConfigError(f"kv.blocks is {blocks}; expected at least 1 block")
         if block_size < 1:
             raise ConfigError(f"kv.block_size is {block_size}; expected at least 1 token")
         self.total, self.block_size, self.prefix_cache = blocks, block_size, prefix_cache
+        self._left_out = int(last_block)
         self._eviction = eviction
         self._leaf_only = eviction.leaf_only
         # A subclass may have hooks of its own, and they want to be called.
@@ -142,6 +151,10 @@ class BlockPool:
     @property
     def held(self) -> int:
         return self.total - self.available
+
+    def most_hits(self, tokens: int) -> int:
+        """Leading blocks that a request of so many known tokens may find in the cache."""
+        return (tokens - self._left_out) // self.block_size
 
     def keys(self) -> frozenset[bytes]:
         """A copy of what can be hit now."""

@@ -21,7 +21,7 @@ from lab.control.plan import Decoding, StepPlan, StepTiming
 from lab.errors import ConfigError
 from sim.cost.model import Batch
 
-FORMAT = 2
+FORMAT = 3
 
 Feature = Callable[[Batch], float]
 
@@ -51,17 +51,30 @@ FEATURES: dict[str, Feature] = {
     "decode_padded": lambda b: b.decode_padded,
     "prefill_pairs": lambda b: b.prefill_pairs,
     "prefill_context": lambda b: b.prefill_context,
+    "new": lambda b: b.new,
 }
+FEW_CONTEXT = "few_context"
+"""The decodes' contexts where there are fewer decodes than `heads_apart_below` in what the fit says of its engine: too
+few for all threads, so each head is read for itself, and a token costs more. At that number a batch gets cheaper as it
+grows; everywhere else more work takes more time."""
+
+
+def features(about: Mapping[str, Any]) -> Mapping[str, Feature]:
+    """By name, those that can be told of batches of this engine."""
+    few = int(about.get("heads_apart_below", 0))
+    return {**FEATURES, FEW_CONTEXT: lambda b: b.decode_context if b.decodes < few else 0}
+
 
 PHASES: dict[str, tuple[str, ...]] = {
-    "plan_ns": ("step", "seqs"),
-    "prepare_ns": ("step", "seqs", "rows", "decode_padded", "prefill_context"),
+    "plan_ns": ("step", "seqs", "new"),
+    "prepare_ns": ("step", "seqs", "rows", "decode_padded", "prefill_context", "new"),
     "forward_ns": (
         "step",
         *RAMPS,
         "seqs",
         "samples",
         "decode_context",
+        FEW_CONTEXT,
         "decode_padded",
         "prefill_pairs",
         "prefill_context",
@@ -96,8 +109,9 @@ class LinearCost:
 
     def __post_init__(self) -> None:
         # Each phase as (coefficient, feature) pairs, since this runs once for every simulated step.
+        known = features(self.measured_on)
         compiled = [
-            [(value, FEATURES[name]) for name, value in self.coefficients[phase].items()] for phase in PHASES
+            [(value, known[name]) for name, value in self.coefficients[phase].items()] for phase in PHASES
         ]
         object.__setattr__(self, "_phases", compiled)
         most = self.measured_on.get("most", {})
@@ -163,12 +177,13 @@ class LinearCost:
         """
         import numpy as np
 
+        known = features(about)
         coefficients: dict[str, dict[str, float]] = {}
         found: dict[str, dict[str, tuple[float, float]]] = {}
         rng = np.random.default_rng(0)
         for phase, names in PHASES.items():
             y = np.array([max(float(took), 1.0) for _, took in samples[phase]])
-            x = np.array([[float(FEATURES[name](batch)) for name in names] for batch, _ in samples[phase]])
+            x = np.array([[float(known[name](batch)) for name in names] for batch, _ in samples[phase]])
             # Relative error, with a floor so that phases of a few microseconds don't rule the fit by noise.
             weight = 1.0 / np.maximum(y, np.median(y) * 0.2)
             scale = np.maximum(np.abs(x).max(axis=0), 1.0)
@@ -199,10 +214,10 @@ class LinearCost:
             if body["format"] != FORMAT:
                 raise ConfigError(f"calibration {path} has format {body['format']}; expected {FORMAT}")
             coefficients = {phase: dict(body["coefficients_ns"][phase]) for phase in PHASES}
-            unknown = {name for terms in coefficients.values() for name in terms} - set(FEATURES)
+            unknown = {name for terms in coefficients.values() for name in terms} - set(features({}))
             if unknown:
                 raise ConfigError(
-                    f"calibration {path} has unknown features {sorted(unknown)}; expected {list(FEATURES)}"
+                    f"calibration {path} has unknown features {sorted(unknown)}; expected {list(features({}))}"
                 )
             if any(value < 0 for terms in coefficients.values() for value in terms.values()):
                 raise ConfigError(

@@ -38,12 +38,16 @@ class Batch:
     """Query-key pairs of multi-token items (causal)."""
     prefill_context: int
     """Sum of contexts at the end of multi-token items."""
+    decodes: int = 0
+    """Single-token items."""
+    new: int = 0
+    """Requests that the data plane sees for the first time."""
 
     @classmethod
     def of_decodes(cls, decodes: Decoding) -> Batch:
         """The batch of a plan that is nothing but these decodes."""
         seqs = decodes.seqs
-        return cls(seqs, seqs, seqs, decodes.context, seqs * decodes.longest, 0, 0)
+        return cls(seqs, seqs, seqs, decodes.context, seqs * decodes.longest, 0, 0, seqs)
 
     @classmethod
     def of(cls, plan: StepPlan) -> Batch:
@@ -61,7 +65,8 @@ class Batch:
             else:
                 pairs += n * (end - n) + n * (n + 1) // 2
                 prefill += end
-        return cls(rows, len(plan.work), samples, context, decodes * longest, pairs, prefill)
+        padded, seqs, new = decodes * longest, len(plan.work), len(plan.new)
+        return cls(rows, seqs, samples, context, padded, pairs, prefill, decodes, new)
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -101,6 +101,8 @@ def test_the_right_fit_has_no_error_and_one_a_fifth_off_closes_the_gate(tmp_path
     gate.record({"own": right}, tmp_path / "baseline.json")
     assert gate.check({"own": right}, tmp_path / "baseline.json") == []
 
+    assert right["workloads"]["burst"]["as_calibrated_pct"]["E2E mean"] == pytest.approx(0.0)
+
     wrong = prediction.compare(setup, slower(truth, 1.2))
     at_once = wrong["workloads"]["made, all at once"]
     assert at_once["errors_pct"]["E2E mean"] == pytest.approx(20, abs=0.5)
@@ -192,7 +194,7 @@ def test_calibrations_joined_are_as_if_measured_together(tmp_path: Path) -> None
 
     again = Measured.from_json(measured(1.0).to_json())
     assert again == Measured.from_json(again.to_json())
-    both = fit(again.and_again(measured(1.2)), {})
+    both = fit(Measured.together([again, measured(1.2)]), {})
     for batch in batches.values():
         assert both.price(batch).forward_ns == pytest.approx(1.1 * truth.price(batch).forward_ns, rel=0.08)
     assert asdict(fit(again, {}))["measured_on"]["quality"]["grid_error_pct"]["mean_abs"] < 1

@@ -38,6 +38,19 @@ def test_both_sides_a_diff_and_a_report_are_left_and_named(
         assert words in done.stdout
 
 
+def test_the_machines_speed_around_the_real_run_is_kept_and_said(
+    both: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = both
+    found = json.loads((out / "sim" / "cost.json").read_text())["machine_ns"]
+    assert found.keys() == {"calibrated", "before", "after"}
+    for speed in found.values():
+        assert speed.keys() == {"1", "8", "128"}
+        assert all(0 < ns < 1e9 for ns in speed.values())
+    assert "The machine against when it was calibrated" in done.stdout
+    assert not (out / "real" / "cost.json").exists()
+
+
 def test_metrics_have_every_documented_key(both: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     for side in ("real", "sim"):
         metrics = json.loads((both[0] / side / "metrics.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 
 from lab.control.executor import Capacity, Executor
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, Work
+from lab.control.request import Prompt, Request, Segment
 from lab.errors import ConfigError
 from sim.backend import REFERENCE
-from sim.calibrate import Bench, Shape, _by_shape, describe, levelled
-from sim.cost.linear import FEATURES, FORMAT, PHASES, RAMPS, LinearCost
+from sim.bench import Bench, Shape
+from sim.calibrate import _by_shape, describe, levelled
+from sim.cost.linear import FEATURES, FORMAT, PHASES, RAMPS, LinearCost, features
 from sim.cost.model import Batch
 
 
@@ -62,6 +65,39 @@ def test_planted_coefficients_are_found_again() -> None:
         assert fit.step_time(p).plan_ns == pytest.approx(1000, rel=1e-3)
     for name in ("step", "rows_2_to_4", "rows_over_128", "decode_context", "prefill_pairs"):
         assert fit.coefficients["forward_ns"][name] == pytest.approx(planted[name], rel=0.05)
+
+
+def test_context_that_costs_more_where_decodes_are_few_is_found_again(tmp_path: Path) -> None:
+    about = {"heads_apart_below": 8}
+    known = features(about)
+    planted = {**PLANTED, "few_context": 1500.0}
+    plans = [plan([(c, 1)] * b) for b in (1, 2, 4, 7, 8, 16, 32) for c in (16, 100, 700)]
+    plans += [plan([(s, n)]) for s in (0, 100, 400) for n in (7, 50, 300)]
+    plans += [plan([(c, 1)] * b + [(0, n)]) for b in (2, 9) for c in (50, 500) for n in (20, 90)]
+    batches = [Batch.of(p) for p in plans]
+    took = [round(sum(v * known[k](b) for k, v in planted.items())) for b in batches]
+    told = {phase: list(zip(batches, took, strict=True)) for phase in PHASES}
+    path = tmp_path / "fit.json"
+    path.write_text(LinearCost.fit(told, about).to_json())
+    cost = LinearCost.load(path)
+    for p, expected in zip(plans, took, strict=True):
+        assert cost.step_time(p).forward_ns == pytest.approx(expected, rel=2e-3)
+    slopes = [
+        cost.step_time(plan([(1000, 1)] * n)).forward_ns - cost.step_time(plan([(0, 1)] * n)).forward_ns
+        for n in (7, 8)
+    ]
+    assert slopes[0] / 7000 == pytest.approx(1650, rel=0.02)
+    assert slopes[1] / 8000 == pytest.approx(150, rel=0.1)
+
+
+def test_newcomers_are_counted_and_their_plans_take_longer() -> None:
+    newcomers = plan([(0, 20)] * 3)
+    request = Request(id="r0", prompt=Prompt((Segment(1, 0, 20),)), output_len=1)
+    batch = Batch.of(replace(newcomers, new=(request,) * 3))
+    assert (batch.new, batch.decodes) == (3, 0)
+    assert Batch.of(plan([(9, 1), (5, 1), (0, 4)])).decodes == 2
+    cost = LinearCost({**{phase: {} for phase in PHASES}, "plan_ns": {"step": 1.0, "new": 10.0}})
+    assert cost.price(batch).plan_ns == 31
 
 
 def noisy(seed: int, outliers: int) -> tuple[dict[str, float], dict[str, list[tuple[Batch, int]]]]:
@@ -136,7 +172,7 @@ def test_batches_beyond_the_measured_ones_are_counted_and_said() -> None:
 
 def test_errors_by_kind_come_from_fits_that_did_not_see_it() -> None:
     _, samples = noisy(5, 0)
-    found = _by_shape(samples)
+    found = _by_shape(samples, {})
     assert set(found) == {"up to 4 decodes", "more decodes", "prompts", "mixed"}
     assert sum(kind["batches"] for kind in found.values()) == len(samples["forward_ns"])
     assert all(0.2 < kind["mean_abs"] < 6 for kind in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
@@ -53,10 +54,18 @@ def request(name: str, arrival: int, prompt: int = 8, output: int = 4) -> Reques
 
 
 def run(
-    requests: list[Request], *, late: bool = False, policy: str = "fcfs", cost: object = None, **more: object
+    requests: list[Request],
+    *,
+    late: bool = False,
+    last_block: bool = True,
+    policy: str = "fcfs",
+    cost: object = None,
+    **more: object,
 ) -> Seen:
     seen = Seen()
-    spec = EngineSpec({"policy": {"name": policy}}, Limits(64, 8, None), True, 0, joins_late=late)
+    spec = EngineSpec(
+        {"policy": {"name": policy}}, Limits(64, 8, None), True, 0, joins_late=late, last_block=last_block
+    )
     capacity = Capacity(200, 4, 4096)
     control = assemble(spec, capacity, seen, requests, aggregate=True)
     executor = SimExecutor(cost or Flat(), capacity)  # type: ignore[arg-type]
@@ -103,6 +112,50 @@ def test_late_joins_lose_nobody_and_nothing(seed: int, policy: str) -> None:
         assert first.plan.index > running.plan.index
         if first.plan.index == running.plan.index + 1:  # then there was nobody else to plan for
             assert first.running == len(first.plan.admitted)
+
+
+def alike(name: str, arrival: int, prompt: int) -> Request:
+    return dataclasses.replace(request(name, arrival), prompt=Prompt((Segment(1, 0, prompt),)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "last_block", "computed"),
+    [(16, True, 4), (16, False, 1), (18, True, 2), (18, False, 2), (4, False, 1)],
+)
+def test_a_prompt_that_is_cached_whole_computes_its_last_block_or_its_last_token(
+    prompt: int, last_block: bool, computed: int
+) -> None:
+    """In blocks of 4; the second of two equal prompts, while the first holds the blocks and after it let them go."""
+    for arrival in (15 * MS, 95 * MS):
+        seen = run([alike("a", 0, prompt), alike("b", arrival, prompt)], last_block=last_block)
+        (work,) = next(
+            [w for w in step.plan.items if w.request == "b"]
+            for step in seen.steps
+            if "b" in step.plan.admitted
+        )
+        assert (work.start, work.tokens, work.samples) == (prompt - computed, computed, True)
+        assert seen.requests["b"].cached_tokens == prompt - computed
+        assert len(seen.requests["b"].token_times) == 4
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["fcfs", "sjf", "vllm_v1", "srpt", "vtc", "prefill_first"]))
+def test_without_the_last_blocks_rule_nobody_and_nothing_is_lost(seed: int, policy: str) -> None:
+    """`run` checks the pool's books; every token is computed or cached, and never more than there are."""
+    rng = random.Random(seed)
+    requests = [
+        dataclasses.replace(
+            alike(f"r{i}", rng.randrange(300) * MS, 4 * rng.randrange(1, 20)), output_len=rng.randrange(1, 20)
+        )
+        for i in range(12)
+    ]
+    requests.sort(key=lambda item: item.arrival)
+    seen = run(requests, policy=policy, last_block=False)
+    for item in requests:
+        record = seen.requests[item.id]
+        assert (record.outcome, len(record.token_times)) == ("finished", item.output_len)
+        assert record.cached_tokens < len(item.prompt)
+        if not record.preemptions:
+            assert record.cached_tokens + record.computed_tokens == len(item.prompt) + item.output_len - 1
 
 
 def test_the_api_holds_everybody_up_by_its_time() -> None:

@@ -23,8 +23,8 @@ EXACT = "control plane's time measured"
 def everything(case: Case) -> Case:
     """All mechanisms on, whether the deployment measured had them or not."""
     return replace(
-        case, prefix_cache=True, whole_prompt=True, watermark=WATERMARK, late=True, graphs=True, warmup=WARMUP,
-        api_ms=API_MS,
+        case, prefix_cache=True, last_block=True, whole_prompt=True, watermark=WATERMARK, late=True, graphs=True,
+        warmup=WARMUP, api_ms=API_MS,
     )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def ways(case: Case) -> dict[str, Case]:
 
     return {
         "prefix cache": replace(case, prefix_cache=False),
+        "last-token rule": replace(case, last_block=False),
         "chunk budget": replace(case, limits=Limits(UNCHUNKED, seqs, None)),
         "recompute (swapped instead)": replace(case, swap=True),
         "room for the whole prompt": replace(case, whole_prompt=False),

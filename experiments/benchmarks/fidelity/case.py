@@ -37,6 +37,7 @@ class Case:
     max_context: int = 1 << 31
     coefficients: Coefficients = MEASURED
     prefix_cache: bool = True
+    last_block: bool = True
     whole_prompt: bool = True
     watermark: float = 0.0
     late: bool = True
@@ -63,7 +64,9 @@ class Case:
         policies: dict[str, dict[str, Any]] = {"policy": policy}
         if self.swap:
             policies["preemption"] = {"name": "last", "mode": "swap"}
-        spec = EngineSpec(policies, self.limits, self.prefix_cache, 0, joins_late=self.late)
+        spec = EngineSpec(
+            policies, self.limits, self.prefix_cache, 0, joins_late=self.late, last_block=self.last_block
+        )
         seen = Seen()
         control = assemble(spec, capacity, seen, requests, aggregate=True)
         executor = SimExecutor(cost, capacity)

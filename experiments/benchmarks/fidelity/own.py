@@ -1,15 +1,17 @@
 """Our own engine beside what is predicted of it: measuring, in pieces that can be interrupted.
 
-One directory holds everything: `calibration-N.json`, `real/WORKLOAD/REPEAT` (run directories), `drift.jsonl`
-(two fixed batches before each run, which say what the machine was like just then). What is there isn't measured again.
+One directory holds everything: `calibration-N.json` and `real/WORKLOAD/REPEAT` (run directories, each with the probes
+that were taken between its steps: `sim.probes`). What is there isn't measured again.
 Repeats go round all workloads, so that a slow minute spoils one repeat of several rather than all of one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import statistics
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +27,17 @@ from lab.console import Console
 from lab.control.request import Request
 from lab.control.step import Limits
 from lab.session import Side, run_side
-from sim.calibrate import Bench, Measured, Shape, fit
+from sim.bench import Bench
+from sim.calibrate import Measured, fit
 from sim.calibrate import measure as grid_of
 from sim.cost.linear import LinearCost
+from sim.probes import Pace, Paced, Probed, Speed, mean
 
-SENTINELS = (Shape(16, 256), Shape(chunks=((0, 128),)))
-"""Batches measured before each run."""
+PROBES = "probes.json"
+STEADY_PCT = 10.0
+"""A run during which the machine changed by more is measured again,"""
+TRIES = 3
+"""so often at most."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Setup:
 
     directory: Path
     model: str = "smollm2"
-    threads: int = 1
-    """Two would wait for each other, spinning, whenever anything else runs on a machine of two cores."""
+    threads: int | None = None
+    """Torch's; None: its own choice, which is what users get."""
     count: int = 60
     repeats: int = 3
     traces: Path | None = None
@@ -52,7 +59,8 @@ class Setup:
     def config(self) -> Config:
         from lab.compose import composer
 
-        words = [f"model={self.model}", f"engine.threads={self.threads}", "policy=vllm_v1", "backend=both"]
+        words = [f"model={self.model}", "policy=vllm_v1", "backend=both"]
+        words += [] if self.threads is None else [f"engine.threads={self.threads}"]
         with composer() as composing:
             found = composing.config(words)
         validate(found)
@@ -91,13 +99,9 @@ class Setup:
 
     def fit(self) -> LinearCost:
         """To all calibrations together: one a repeat, since no two moments of a machine are alike."""
-        found, about = None, {}
-        for repeat in range(self.repeats):
-            body = json.loads(self.calibration(repeat).read_text(encoding="utf-8"))
-            measured, about = Measured.from_json(json.dumps(body)), body["about"]
-            found = measured if found is None else found.and_again(measured)
-        assert found is not None
-        return fit(found, about)
+        bodies = [self.calibration(repeat).read_text(encoding="utf-8") for repeat in range(self.repeats)]
+        together = Measured.together([Measured.from_json(body) for body in bodies])
+        return fit(together, json.loads(bodies[-1])["about"])
 
 
 def measure(setup: Setup, seconds: float) -> bool:
@@ -140,13 +144,25 @@ def _missing(setup: Setup) -> Iterator[tuple[str, Unit]]:
                 )
 
 
+@contextlib.contextmanager
+def _probed(backend: Any) -> Iterator[Probed]:
+    """The backend with probes between its steps."""
+    executor, capacity = backend.executor, backend.capacity
+    probed = Probed(executor)
+    backend.executor, backend.capacity = probed, probed.capacity
+    try:
+        yield probed
+    finally:
+        backend.executor, backend.capacity = executor, capacity
+
+
 def _warm(backend: Any) -> None:
     bench = Bench(backend.executor)
     bench.write()  # or the first to use a block would pay for its memory
-    for _ in range(3):
-        for shape in SENTINELS:
-            bench.measure(shape)
     bench.finish()
+    with _probed(backend) as probed:
+        for _ in range(5):
+            probed.probe()
 
 
 def _calibrate(setup: Setup, cfg: Config, backend: Any, repeat: int) -> None:
@@ -160,21 +176,49 @@ def _calibrate(setup: Setup, cfg: Config, backend: Any, repeat: int) -> None:
 
 
 def _run(setup: Setup, cfg: Config, backend: Any, workload: Named, repeat: int) -> None:
-    """One repeat, on the blocks that the workload asks for."""
-    bench = Bench(backend.executor)
-    took = {
-        shape.label(): statistics.median(bench.measure(shape)[0][1].execute_ns for _ in range(7))
-        for shape in SENTINELS
-    }
-    bench.finish()
-    whole = backend.capacity
-    backend.capacity = dataclasses.replace(whole, blocks=workload.blocks or whole.blocks)
-    try:
-        run_side(side(setup, cfg, backend, setup.requests(workload)), setup.real(workload.name, repeat), None)
-    finally:
-        backend.capacity = whole
-    with (setup.directory / "drift.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"workload": workload.name, "repeat": repeat, "ns": took}) + "\n")
+    """One repeat: the steadiest of a few, where the first is none. What errors it has isn't looked at."""
+    path = setup.real(workload.name, repeat)
+    trial, best = path.with_name(f"{repeat}.trial"), math.inf
+    for _ in range(TRIES):
+        apart = _once(setup, cfg, backend, workload, trial)
+        if apart < best:
+            shutil.rmtree(path, ignore_errors=True)
+            trial.rename(path)
+            best = apart
+        else:
+            shutil.rmtree(trial)
+        if best <= STEADY_PCT:
+            return
+        print(f"  the machine changed by {apart:.0f} % during {workload.name}", flush=True)
+
+
+def _once(setup: Setup, cfg: Config, backend: Any, workload: Named, path: Path) -> float:
+    """Run on the blocks that the workload asks for, with probes before, between and after the steps; `unsteady`."""
+    with _probed(backend) as probed:
+        backend.capacity = dataclasses.replace(
+            probed.capacity, blocks=workload.blocks or probed.capacity.blocks
+        )
+        probed.probe()
+        probed.forget()  # the first is slower
+        run_side(side(setup, cfg, backend, setup.requests(workload)), path, None)
+        probed.probe()
+    (path / PROBES).write_text(json.dumps({"probes_ns": probed.taken}) + "\n", encoding="utf-8")
+    return unsteady(probed.taken)
+
+
+def probes(run: Run) -> list[Speed]:
+    """Those taken while it ran."""
+    if not (run.path / PROBES).is_file():
+        return []
+    body = json.loads((run.path / PROBES).read_text(encoding="utf-8"))
+    return [{int(rows): ns for rows, ns in speed.items()} for speed in body["probes_ns"]]
+
+
+def unsteady(taken: Sequence[Speed]) -> float:
+    """How far the means of the probes' two halves lie apart, percent; of the batch that changed most."""
+    half = len(taken) // 2
+    pace = Pace.of(mean(taken[half:]), mean(taken[:half])) if half else Pace()
+    return max((100 * (math.exp(abs(math.log(times))) - 1) for times in pace.times), default=0.0)
 
 
 def side(setup: Setup, cfg: Config, backend: Any, requests: Sequence[Request]) -> Side:
@@ -191,7 +235,7 @@ def side(setup: Setup, cfg: Config, backend: Any, requests: Sequence[Request]) -
     )
 
 
-def simulate(setup: Setup, cfg: Config, cost: LinearCost, workload: Named, out: Path) -> Run:
+def simulate(setup: Setup, cfg: Config, cost: LinearCost | Paced, workload: Named, out: Path) -> Run:
     """The workload as the fit predicts it, on the capacity that the real run had."""
     from sim.backend import SimBackend, recorded_capacity
 

@@ -1,0 +1,111 @@
+"""A bench for the data plane: batches of a wanted shape, made by hand and timed. Data plane."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lab.control.executor import Executor
+from lab.control.plan import GENESIS, Move, StepPlan, StepTiming, Work
+from lab.control.request import Prompt, Request, Segment, stream_of
+from sim.cost.model import Batch
+
+Sample: TypeAlias = tuple[Batch, StepTiming]
+IN_A_ROW = 3
+"""Steps of a shape of decodes; the first meets caches full of something else, and isn't counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A batch to measure: decodes of about one context, and prompt chunks of (start, tokens) each."""
+
+    decodes: int = 0
+    context: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()
+
+    def contexts(self) -> list[int]:
+        """The decodes' contexts: from a quarter to seven quarters of `context`, as uneven as in a real batch.
+
+        Equal contexts, or whole blocks, would need no padding, and measure a case that never happens.
+        """
+        if self.decodes == 1:
+            return [self.context + 3]
+        step = 1.5 * self.context / max(1, self.decodes - 1)
+        return [self.context // 4 + round(step * i) + 3 for i in range(self.decodes)]
+
+    @property
+    def reach(self) -> int:
+        """The longest context while it is measured."""
+        row = 0 if self.chunks else IN_A_ROW - 1
+        return row + max([*self.contexts(), *(start + tokens for start, tokens in self.chunks)])
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + sum(tokens for _, tokens in self.chunks)
+
+    def label(self) -> str:
+        parts = [f"{self.decodes} decodes at about {self.context}"] if self.decodes else []
+        parts += (
+            [f"{len(self.chunks)} x {self.chunks[0][1]} prompt tokens at {self.chunks[0][0]}"]
+            if self.chunks
+            else []
+        )
+        return " + ".join(parts)
+
+
+class Bench:
+    """Makes plans for shapes by hand and times them, on these KV blocks (all there are)."""
+
+    def __init__(
+        self, executor: Executor, blocks: Sequence[int] | None = None, *, name: str = "calibration"
+    ) -> None:
+        self._executor, self._name = executor, name
+        self._count = 0
+        self._next = 0
+        order = list(range(executor.capacity.blocks) if blocks is None else blocks)
+        random.Random(0).shuffle(order)
+        self._order = order
+        """Blocks as a pool hands them out that was in use for a while: next to nothing lies side by side."""
+        self._gone: tuple[str, ...] = ()
+
+    def measure(self, shape: Shape) -> list[Sample]:
+        """A shape once; if it is decodes alone, a row of steps after a first one, as they come in a run."""
+        capacity = self._executor.capacity
+        size = capacity.block_size
+        row = 1 if shape.chunks else IN_A_ROW
+        requests: list[Request] = []
+        works: list[Work] = []
+        items = [(context - 1, 1) for context in shape.contexts()] + list(shape.chunks)
+        for start, tokens in items:
+            self._count += 1
+            name = f"{self._name}-{self._count}"
+            prompt = Prompt((Segment(stream_of(name), 0, start + tokens),))
+            count = -(-(start + tokens + row - 1) // size)
+            blocks = tuple(self._order[(self._next + i) % len(self._order)] for i in range(count))
+            self._next += count
+            requests.append(Request(id=name, prompt=prompt, output_len=row))
+            works.append(Work(name, start, tokens, True, blocks))
+        names = tuple(request.id for request in requests)
+        # Introduced in a plan of their own: what a newcomer costs is no part of a batch's shape.
+        self._executor.execute(StepPlan(0, 0, (), GENESIS, tuple(requests), names, released=self._gone))
+        self._gone = names
+        found = []
+        for _ in range(row):
+            plan = StepPlan(0, 0, tuple(works), GENESIS)
+            result = self._executor.execute(plan)
+            timing = StepTiming(0, result.prepare_ns, result.forward_ns, result.sample_ns, 0)
+            found.append((Batch.of(plan), timing))
+            works = [Work(work.request, work.start + 1, 1, True, ()) for work in works]
+        return found[1:] or found
+
+    def write(self) -> None:
+        """Have every block written: memory that nobody wrote is one page, read over and over."""
+        first, *rest = sorted(self._order)
+        pairs = tuple((first, block) for block in rest)
+        if pairs:
+            self._executor.execute(StepPlan(0, 0, (), GENESIS, copies=(Move(self._name, pairs),)))
+
+    def finish(self) -> None:
+        self._executor.execute(StepPlan(0, 0, (), GENESIS, released=self._gone))
