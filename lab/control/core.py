@@ -19,7 +19,15 @@ from lab.control.decodes import Decodes, WorkList
 from lab.control.estimate import StepEstimate
 from lab.control.executor import Capacity
 from lab.control.live import LiveRequest
-from lab.control.observer import Decision, Observer, Outcome, RequestRecord, StepRecord
+from lab.control.observer import (
+    Decision,
+    Observer,
+    Outcome,
+    RequestRecord,
+    StepRecord,
+    wants_steps,
+    wants_work,
+)
 from lab.control.plan import GENESIS, RankTiming, StepPlan, StepResult, StepTiming, TokenLogprobs, Work, chain
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits, StepBuilder
@@ -158,8 +166,9 @@ class EngineCore:
         self._load = _Load()
         self.replica = replica
         self._observer = observer or Observer()
-        self._totals = None if self._observer.wants_steps else self._observer.totals(replica)
-        self._rows = self._observer.step_rows() if self._observer.wants_steps else None
+        told = wants_steps(self._observer)
+        self._totals = None if told else self._observer.totals(replica)
+        self._rows = self._observer.step_rows() if told else None
         self._requests: dict[RequestId, LiveRequest] = {}
         self._running: dict[RequestId, LiveRequest] = {}
         self._waiting: dict[RequestId, LiveRequest] = {}
@@ -718,7 +727,7 @@ class EngineCore:
         """
         if not self._repeats or not self._decodes.bulk or self.pool.expires:
             return now
-        if self._totals is None and self._observer.wants_work:
+        if self._totals is None and wants_work(self._observer):
             return now
         return coast(self, price, now, until)
 
@@ -775,7 +784,7 @@ class EngineCore:
         listed: Sequence[Work] = work
         if decoding.seqs:
             listed = WorkList(work, decoding.seqs, partial(self._decodes.listing, decoding))
-            if self._observer.wants_work and self._observer.wants_steps:
+            if wants_work(self._observer):
                 listed.listed()
         if step.admitted:
             decisions["admitted"] = tuple([live.request.id for live in step.admitted])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lab.control.plan import RankTiming, StepPlan, StepTiming, TokenLogprobs
 from lab.control.request import Request
@@ -257,16 +257,26 @@ class Observer:
         """A replica came or went."""
 
 
+def wants_steps(observer: Any) -> bool:
+    """Whether it does, said by its class or by itself: compiled code would look at `Observer`'s own attribute alone."""
+    return bool(observer.wants_steps)
+
+
+def wants_work(observer: Any) -> bool:
+    """The same of work, which nobody lists who isn't told of steps."""
+    return bool(observer.wants_steps and observer.wants_work)
+
+
 class Observers(Observer):
     """Several observers as one."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
-        self.wants_steps = any(observer.wants_steps for observer in observers)
-        self.wants_work = any(observer.wants_steps and observer.wants_work for observer in observers)
+        self.wants_steps = any(map(wants_steps, observers))
+        self.wants_work = any(map(wants_work, observers))
 
     def step_rows(self) -> Callable[[StepRow], object] | None:
-        wanting = [observer for observer in self._observers if observer.wants_steps]
+        wanting = [observer for observer in self._observers if wants_steps(observer)]
         return wanting[0].step_rows() if len(wanting) == 1 else None
 
     def totals(self, replica: int) -> StepTotals:
