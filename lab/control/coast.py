@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lab.control.decodes import WorkList
-from lab.control.observer import StepRecord
+from lab.control.observer import StepRecord, pack_step
 from lab.control.plan import MASK, Decoding, StepPlan, StepTiming
 
 if TYPE_CHECKING:
@@ -74,11 +74,13 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
                 core._end(live, "finished", "length", done)
             held = pool.held
         if rows is not None:
-            numbers = (
+            numbers = pack_step(
                 index, now, replica, running, waiting, 0, seqs, decoding.context, free, cached, holding,
-                allocated, evicted, released, core._count()[2] if ended else 0, seqs, seqs,
+                allocated, evicted, released, core._count()[2] if ended else 0, seqs, seqs, timing.plan_ns,
+                timing.prepare_ns, timing.forward_ns, timing.sample_ns, timing.commit_ns, timing.transfer_ns,
+                timing.compact_ns,
             )  # fmt: skip
-            rows((numbers, digest, policy, timing, None, ()))
+            rows((numbers, digest, policy, timing.terms, None, ()))
         elif state:
             core._observer.on_step(_record(core, index, now, digest, decoding, taken, timing, state, gone))
         index += 1

@@ -25,6 +25,7 @@ from lab.control.observer import (
     Outcome,
     RequestRecord,
     StepRecord,
+    pack_step,
     wants_steps,
     wants_work,
 )
@@ -689,13 +690,14 @@ class EngineCore:
             return
         if self._rows is not None:
             plan, free, cached = flight.plan, flight.blocks_free, flight.blocks_cached
-            numbers = (
+            numbers = pack_step(
                 plan.index, plan.now, self.replica, flight.running, flight.waiting, flight.prefill_tokens,
                 flight.decode_tokens, flight.context_tokens, free, cached, self.pool.total - free - cached,
                 flight.allocated, flight.evicted, flight.released_plan, flight.released_commit, len(plan.work),
-                flight.samples,
+                flight.samples, timing.plan_ns, timing.prepare_ns, timing.forward_ns, timing.sample_ns,
+                timing.commit_ns, timing.transfer_ns, timing.compact_ns,
             )  # fmt: skip
-            self._rows((numbers, plan.digest, self.policy_name, timing, flight.told, flight.ranks))
+            self._rows((numbers, plan.digest, self.policy_name, timing.terms, flight.told, flight.ranks))
             return
         self._observer.on_step(
             StepRecord(

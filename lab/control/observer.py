@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from struct import Struct
 from typing import Any, Literal, TypeAlias
 
 from lab.control.plan import RankTiming, StepPlan, StepTiming, TokenLogprobs
@@ -159,22 +160,28 @@ STEP_NUMBERS = (
     "index", "now", "replica", "running", "waiting", "prefill_tokens", "decode_tokens", "context_tokens",
     "blocks_free", "blocks_cached", "blocks_held", "allocated", "evicted", "released_plan", "released_commit",
     "batch", "samples",
+    "plan_ns", "prepare_ns", "forward_ns", "sample_ns", "commit_ns", "transfer_ns", "compact_ns",
 )  # fmt: skip
-"""The whole numbers of a `StepRow`, named as in `StepRecord`; `batch` work items, of which `samples` draw a token."""
+"""The whole numbers of a `StepRow`, named as in `StepRecord` and `StepTiming`; `batch` work items, of which `samples`
+draw a token."""
 
-StepRow: TypeAlias = tuple[tuple[int, ...], str, str, StepTiming, StepPlan | None, tuple[RankTiming, ...]]
-"""A step without its work: `STEP_NUMBERS`, digest, policy, timing, its plan if that decided more than work (admitted,
-preempted, rejected, moved or compacted anything), ranks."""
+pack_step: Callable[..., bytes] = Struct(f"={len(STEP_NUMBERS)}q").pack
+"""The numbers of a `StepRow`, packed while they are at hand: as objects they would be looked for all over memory."""
 
-
-_SAME = attrgetter(*STEP_NUMBERS[2:-2])
+StepRow: TypeAlias = tuple[bytes, str, str, tuple[int, ...], StepPlan | None, tuple[RankTiming, ...]]
+"""A step without its work: `STEP_NUMBERS` by `pack_step`, digest, policy, terms of its time, its plan if that decided
+more than work (admitted, preempted, rejected, moved or compacted anything), ranks."""
 
 
 def row_of(step: StepRecord) -> StepRow:
     """A record as a row."""
-    plan = step.plan
-    numbers = (plan.index, plan.now, *_SAME(step), len(plan.work), plan.samples)
-    return numbers, plan.digest, step.policy, step.timing, plan, step.ranks
+    plan, timing = step.plan, step.timing
+    numbers = (*_STATE(step), len(plan.work), plan.samples, *_TIMES(timing))
+    packed = pack_step(plan.index, plan.now, *numbers)
+    return packed, plan.digest, step.policy, timing.terms, plan, step.ranks
+
+
+_STATE, _TIMES = attrgetter(*STEP_NUMBERS[2:15]), attrgetter(*STEP_NUMBERS[17:])
 
 
 @frozen

@@ -26,8 +26,8 @@ _BATCH = 1_024
 
 T = TypeVar("T")
 Column: TypeAlias = tuple[str, str, Callable[[T], Any]]
-"""Name, type (see `arrow_type`), and how to get the value from a row. Of strings, `unique` ones seldom repeat, and a
-`word` is one of few: it is kept by its number until it is written."""
+"""Name, type (see `arrow_type`), and how to get the value from a row. `unique` strings and `varied` integers seldom
+repeat; a `word` is one of few strings: it is kept by its number until it is written."""
 
 
 def arrow_type(kind: str) -> Any:
@@ -65,7 +65,9 @@ def arrow_type(kind: str) -> Any:
         return pa.string()
     if kind == "word":
         return pa.dictionary(pa.int32(), pa.string())
-    return {"int64": pa.int64, "int32": pa.int32, "double": pa.float64, "bool": pa.bool_}[kind]()
+    return {"int64": pa.int64, "varied": pa.int64, "int32": pa.int32, "double": pa.float64, "bool": pa.bool_}[
+        kind
+    ]()
 
 
 def empty_lists(kind: str, count: int) -> Any:
@@ -121,10 +123,15 @@ class Table(Generic[T]):
             [(name, kind) for (name, _, _), kind in zip(columns, self._kinds, strict=True)],
             metadata=said,
         )
-        # A dictionary of values that don't repeat is a third more bytes and twice the time (flat tables only).
+        # A dictionary of values that don't repeat is a third more bytes and twice the time (flat tables only), and
+        # nobody looks for ids by their range.
         unique = any(kind == "unique" for _, kind, _ in columns)
-        repeating: Any = [name for name, kind, _ in columns if kind != "unique"] if unique else True
-        options: dict[str, Any] = {"compression": "zstd", "version": "2.6", "use_dictionary": repeating}
+        options: dict[str, Any] = {"compression": "zstd", "version": "2.6"}
+        if unique:
+            options["use_dictionary"] = [
+                name for name, kind, _ in columns if kind not in ("unique", "varied")
+            ]
+            options["write_statistics"] = [name for name, kind, _ in columns if kind != "unique"]
         words = any(kind == "word" for _, kind, _ in columns)
         options[
             "store_schema"

@@ -238,6 +238,7 @@ TABLES: dict[str, tuple[Sequence[Column[object]], Meanings]] = {
 _SHAPES = {
     "unique": "string",
     "word": "string",
+    "varied": "int64",
     "pieces": "list<struct>",
     "intervals": "list<struct>",
     "biases": "list<struct>",

@@ -120,6 +120,12 @@ def hexed(numbers: Any, there: Any = None) -> Any:
 # -- attributes as JSON --------------------------------------------------------------------------------
 
 
+class Plain(NamedTuple):
+    """A column of words in which nothing has to be escaped."""
+
+    words: Any
+
+
 def told(texts: Sequence[str | None]) -> Any:
     """JSON by span as `attributes` takes it: what all have, or a column in which None is left out."""
     import pyarrow as pa
@@ -138,7 +144,7 @@ def quoted(words: Sequence[str], optional: bool = False) -> Any:
 
 def attributes(boundary: Boundary, count: int, *values: Any) -> Any:
     """The attributes of `count` spans, keys sorted. `values` answer `boundary.attributes` in order: a column of
-    whole numbers, JSON by span (Arrow, whose nulls leave it out), JSON that all of them have, or None."""
+    whole numbers, `Plain` words, JSON by span (Arrow, whose nulls leave it out), JSON that all have, or None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -153,6 +159,8 @@ def attributes(boundary: Boundary, count: int, *values: Any) -> Any:
         key, text = f"{json.dumps(name)}:", _text(value)
         if isinstance(text, pa.Array) and text.null_count:
             groups += [[key, text], []]
+        elif isinstance(value, Plain):
+            groups[-1] += [f',{key}"' if groups[-1] else f'{key}"', value.words, '"']
         else:
             groups[-1] += [f",{key}" if groups[-1] else key, text]
     groups = [group for group in groups if group]

@@ -6,10 +6,8 @@ From rows, as the control plane tells them to whoever keeps no plans (`lab.contr
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from operator import attrgetter
+from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
@@ -17,28 +15,31 @@ import numpy as np
 from lab.control.observer import STEP_NUMBERS, StepRecord, StepRow, StepTotals, row_of
 from lab.control.plan import TERMS, RankTiming, StepPlan
 from lab.observe.boundaries import BOUNDARIES, Boundary
-from lab.observe.bulk.spans import CODES, Piece, attributes, laid_out, quoted
+from lab.observe.bulk.spans import CODES, Piece, Plain, attributes, laid_out, quoted
 from lab.observe.columns import STEPS
 from lab.observe.identity import replica_trace, span_ids
 from lab.observe.parquet import empty_lists
-
-_PHASES = ("plan_ns", "prepare_ns", "forward_ns", "sample_ns", "commit_ns", "transfer_ns", "compact_ns")
-_TIMES = attrgetter(*_PHASES)
 
 
 class StepBatch:
     """Steps by column; at least one."""
 
     def __init__(self, rows: Sequence[StepRow]) -> None:
-        numbers, self._digests, self._policies, timings, plans, ranks = zip(*rows, strict=True)
+        import pyarrow as pa
+
+        packed, digests, self._policies, self._terms, plans, ranks = zip(*rows, strict=True)
         self.count = len(rows)
-        self.numbers: dict[str, Any] = dict(zip(STEP_NUMBERS, _turned(numbers, self.count), strict=True))
-        self.numbers |= zip(_PHASES, _turned(map(_TIMES, timings), self.count), strict=True)
-        self._terms = [timing.terms for timing in timings]
+        numbers = np.frombuffer(b"".join(packed), np.int64).reshape(self.count, -1)
+        self.numbers: dict[str, Any] = dict(zip(STEP_NUMBERS, np.ascontiguousarray(numbers.T), strict=True))
+        self._modelled = any(self._terms)
+        self._digests = pa.array(digests, pa.string())
         self._plans: dict[int, StepPlan] = {n: plan for n, plan in enumerate(plans) if plan is not None}
-        self._ranks: dict[int, tuple[RankTiming, ...]] = {n: each for n, each in enumerate(ranks) if each}
+        self._ranks: dict[int, tuple[RankTiming, ...]] = (
+            {n: each for n, each in enumerate(ranks) if each} if any(ranks) else {}
+        )
         own = self.numbers
-        own["execute_ns"] = sum(own[name] for name in _PHASES if name not in ("plan_ns", "commit_ns"))
+        times = ("transfer_ns", "prepare_ns", "forward_ns", "sample_ns", "compact_ns")
+        own["execute_ns"] = sum(own[name] for name in times)
         own["total_ns"] = own["plan_ns"] + own["execute_ns"] + own["commit_ns"]
         for name, number in _COUNTS.items():
             own[name] = self._column({n: number(plan) for n, plan in self._plans.items()})
@@ -79,7 +80,7 @@ class StepBatch:
             # In two halves: the sum of the whole products could be more than 64 bits hold.
             total.held_ns += (int((held * (took >> 20)).sum()) << 20) + int((held * (took & _LOW)).sum())
             total.peak_held = max(total.peak_held, int(held.max()))
-            total.digest = self._digests[last]
+            total.digest = self._digests[last].as_py()
             total.evicted += int(own["evicted"][at].sum())
             total.preempted += int(own["preempted"][at].sum())
             total.moved += int(own["moved_blocks"][at].sum())
@@ -97,7 +98,7 @@ class StepBatch:
         """One term of the modelled steps; None if no step has any."""
         import pyarrow as pa
 
-        if not any(self._terms):
+        if not self._modelled:
             return pa.nulls(self.count, pa.int64())
         column = pa.array([terms[place] if terms else None for terms in self._terms], pa.int64())
         return column if column.null_count else column.to_numpy()
@@ -152,7 +153,7 @@ class StepBatch:
 
         start, planned = own["now"], own["now"] + own["plan_ns"]
         executed, end = planned + own["execute_ns"], own["now"] + own["total_ns"]
-        about = (index, own["replica"], quoted(self._policies), quoted(self._digests))
+        about = (index, own["replica"], quoted(self._policies), Plain(self._digests))
         root = put(_STEP, None, start, end, *about)
         admitted = self._named(lambda plan: plan.admitted)
         preempted = self._named(lambda plan: [request for request, _ in plan.preempted])
@@ -169,7 +170,7 @@ class StepBatch:
 
         tokens = own["prefill_tokens"] + own["decode_tokens"]
         batch = [own[name] for name in ("batch", "prefill_tokens", "decode_tokens", "context_tokens")]
-        terms = [self._term(place) if any(self._terms) else None for place in range(len(TERMS))]
+        terms = [self._term(place) if self._modelled else None for place in range(len(TERMS))]
         execute = put(_EXECUTE, root, planned, executed, *batch, *terms)
         ready = planned + own["transfer_ns"]
         prepared = ready + own["prepare_ns"]
@@ -212,14 +213,8 @@ class StepBatch:
         return laid_out(self.count, pieces, pa.array(traces), trace_of.astype(np.int32))
 
 
-def _turned(rows: Any, count: int) -> Any:
-    """Rows of whole numbers as columns."""
-    flat = np.fromiter(chain.from_iterable(rows), np.int64)
-    return np.ascontiguousarray(flat.reshape(count, -1).T)
-
-
 def _list(words: Sequence[str]) -> str:
-    return json.dumps(words, separators=(",", ":"), ensure_ascii=False)
+    return f"[{','.join(map(encode_basestring, words))}]"
 
 
 _COUNTS: dict[str, Callable[[StepPlan], int]] = {
