@@ -132,12 +132,11 @@ class Table(Generic[T]):
                 name for name, kind, _ in columns if kind not in ("unique", "varied")
             ]
             options["write_statistics"] = [name for name, kind, _ in columns if kind != "unique"]
-        words = any(kind == "word" for _, kind, _ in columns)
-        options[
-            "store_schema"
-        ] = not words  # else who reads them would get numbers and a dictionary, not strings
+        self._words = any(kind == "word" for _, kind, _ in columns)
+        # Else who reads them would get numbers and a dictionary, not strings.
+        options["store_schema"] = not self._words
         self._writer = pq.ParquetWriter(path, self._schema, **options)
-        if words:
+        if self._words:
             self._writer.add_key_value_metadata(said)
         self._batches: list[Any] = []
         self._waiting = 0
@@ -159,7 +158,7 @@ class Table(Generic[T]):
             self._add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
 
     def put_columns(self, columns: Sequence[Any]) -> None:
-        """More rows, a row group of their own, by column: sequences, numpy, or Arrow of the column's type."""
+        """More rows, by column: sequences, numpy, or Arrow of the column's type. They stay in one row group."""
         import pyarrow as pa
 
         arrays = []
@@ -168,10 +167,7 @@ class Table(Generic[T]):
                 arrays.append(values if isinstance(values, pa.Array) else pa.array(values, kind))
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                 raise self._unfit(name, error) from error
-        self._flush()
-        self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        self.rows += len(arrays[0])
-        self._flush()
+        self._add(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
 
     def _unfit(self, name: str, error: Exception) -> RunError:
         return RunError(f"can't write column '{name}' of '{self._path.name}': {error}")
@@ -187,7 +183,10 @@ class Table(Generic[T]):
         import pyarrow as pa
 
         if self._batches:
-            self._writer.write_table(pa.Table.from_batches(self._batches), row_group_size=self._group)
+            table = pa.Table.from_batches(self._batches)
+            if len(self._batches) > 1 and self._words:
+                table = table.unify_dictionaries()  # else the words are looked up once more, one by one
+            self._writer.write_table(table, row_group_size=max(self._group, self._waiting))
             self._batches.clear()
             self._waiting = 0
 

@@ -21,7 +21,7 @@ from lab.observe.boundaries import BOUNDARIES, DECLARED, EPOCH_NS, Boundary
 CODES: dict[str, int] = {name: code for code, name in enumerate(BOUNDARIES)}
 """Span names by number, as they stand in columns."""
 
-_DIGITS = np.frombuffer("".join(f"{byte:02x}" for byte in range(256)).encode(), dtype=np.uint16)
+_DIGITS = np.frombuffer("".join([f"{byte:02x}" for byte in range(256)]).encode(), dtype=np.uint16)
 _ONCE = {
     kind: list(dict.fromkeys(getattr(each, kind) for each in DECLARED)) for kind in ("kind", "plane", "path")
 }
@@ -111,7 +111,7 @@ def hexed(numbers: Any, there: Any = None) -> Any:
     import pyarrow as pa
 
     count = len(numbers)
-    text = _DIGITS[numbers.byteswap().view(np.uint8)]
+    text = _DIGITS.take(numbers.astype(">u8").view(np.uint8))
     places = np.arange(count + 1, dtype=np.int32) * 16
     known = None if there is None else pa.py_buffer(np.packbits(there, bitorder="little"))
     return pa.StringArray.from_buffers(count, pa.py_buffer(places), pa.py_buffer(text), known)
