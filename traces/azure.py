@@ -35,12 +35,12 @@ def load_azure(name: str, options: AzureOptions, path: str) -> Workload:
 def _rows(name: str, path: str) -> Iterator[Row]:
     for index, (place, row) in enumerate(csv_rows(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"))):
         prompt = Segment(stream_of(name, index), 0, tokens(place, row, "ContextTokens"))
-        arrival = timestamp_ns(place.at("TIMESTAMP"), row["TIMESTAMP"])
+        arrival = timestamp_ns(place, row["TIMESTAMP"])
         yield Row(arrival, (prompt,), tokens(place, row, "GeneratedTokens"))
 
 
 def timestamp_ns(place: Place, text: str) -> int:
-    """Nanoseconds since the year 2000, exactly; a timestamp without a zone is UTC."""
+    """Nanoseconds since the year 2000, exactly; a timestamp without a zone is UTC. `place` is the row's."""
     match = _TIMESTAMP.fullmatch(text.strip(" \t"))
     try:
         if match is None:
@@ -53,6 +53,8 @@ def timestamp_ns(place: Place, text: str) -> int:
             shift = timedelta(hours=int(hours), minutes=int(minutes))
             moment += -shift if sign == "+" else shift
     except (ValueError, OverflowError):
-        raise place.error(f"{shown(text)}; expected a time such as 2023-11-16 18:17:03.9799600") from None
+        raise place.at("TIMESTAMP").error(
+            f"{shown(text)}; expected a time such as 2023-11-16 18:17:03.9799600"
+        ) from None
     since = moment - _EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))

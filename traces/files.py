@@ -192,4 +192,9 @@ def name(place: Place, value: object) -> str:
 
 def tokens(place: Place, row: Mapping[str, object], column: str) -> int:
     """A token count, at least 1: a request with no prompt or no output can't be served."""
-    return integer(place.at(column), row[column], 1, MAX_TOKENS)
+    value = row[column]
+    if isinstance(value, str) and value.isdecimal() and value.isascii() and 0 < len(value) < 10:
+        count = int(value)  # as `integer` would, without the place that only an error needs
+        if count:
+            return count
+    return integer(place.at(column), value, 1, MAX_TOKENS)

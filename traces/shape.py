@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 
 from lab.control.request import Piece, Prompt, Request, Segment
 from lab.errors import ConfigError, TraceError
-from traces.workload import Workload
+from lab.frozen import frozen
+from traces.workload import Workload, rescaled
 
 MOST_ROWS = 1 << 60
 """Beyond any file, and small enough that `offset + limit` still counts as an index."""
@@ -84,7 +85,7 @@ class FileOptions(ShapeOptions):
     """The file, plain or gzip."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Row:
     """One request as a file has it: arrival in ns on the file's own clock, lengths >= 1."""
 
@@ -105,7 +106,6 @@ class _Tally:
     clipped_prompts: int = 0
     clipped_outputs: int = 0
     out_of_order: int = 0
-    kept: list[Request] = field(default_factory=list)
 
 
 def request_id(index: int) -> str:
@@ -122,34 +122,51 @@ def assemble(name: str, rows: Iterable[Row], shape: Shape, source: Mapping[str, 
     stop = None if shape.limit is None else shape.offset + shape.limit
     seen = 0
     before = None
+    kept: list[tuple[int, Row]] = []
     for index, row in enumerate(islice(rows, stop)):
         seen = index + 1
         if index < shape.offset:
             continue
         tally.out_of_order += before is not None and row.arrival_ns < before
         before = row.arrival_ns
-        tally.kept.append(_request(index, row, shape, tally))
-    if not tally.kept:
+        kept.append((index, row))
+    if not kept:
         where = source.get("path", name)
         if not seen:
             raise TraceError(f"trace file '{where}' has no requests; expected at least 1 row")
         raise TraceError(f"trace file '{where}' has {seen} requests; trace.offset={shape.offset} skips all")
-    tally.kept.sort(key=lambda request: request.arrival)
+    kept.sort(key=_arrival)
+    start = kept[0][1].arrival_ns
+    arrivals: Iterable[int] = (row.arrival_ns - start for _, row in kept)
+    if shape.rate_scale != 1:
+        told = ((request_id(index), row.session, row.arrival_ns - start) for index, row in kept)
+        arrivals = rescaled(told, shape.rate_scale)
+    requests = [
+        _request(index, row, arrival, shape, tally)
+        for (index, row), arrival in zip(kept, arrivals, strict=True)
+    ]
+    requests.sort(
+        key=attrgetter("arrival")
+    )  # later turns of a session keep their distance, and may fall behind
     provenance: dict[str, object] = {
         **source,
         "offset": shape.offset,
         "limit": shape.limit,
-        "rate_scale": 1.0,
+        "rate_scale": 1.0 * shape.rate_scale,
         "max_prompt": shape.max_prompt,
         "max_output": shape.max_output,
         "clipped_prompts": tally.clipped_prompts,
         "clipped_outputs": tally.clipped_outputs,
         "out_of_order": tally.out_of_order,
     }
-    return _from_zero(name, tally.kept, provenance).rescale(shape.rate_scale)
+    return Workload(name, tuple(requests), provenance)
 
 
-def _request(index: int, row: Row, shape: Shape, tally: _Tally) -> Request:
+def _arrival(entry: tuple[int, Row]) -> int:
+    return entry[1].arrival_ns
+
+
+def _request(index: int, row: Row, arrival: int, shape: Shape, tally: _Tally) -> Request:
     pieces = row.pieces
     if shape.max_prompt is not None and sum(map(len, pieces)) > shape.max_prompt:
         pieces = head(pieces, shape.max_prompt)
@@ -159,7 +176,7 @@ def _request(index: int, row: Row, shape: Shape, tally: _Tally) -> Request:
     return Request(
         id=request_id(index),
         prompt=Prompt(pieces),
-        arrival=row.arrival_ns,
+        arrival=arrival,
         max_tokens=output_len,
         output_len=output_len,
         tenant=row.tenant,
@@ -168,13 +185,6 @@ def _request(index: int, row: Row, shape: Shape, tally: _Tally) -> Request:
         ttft_slo=row.ttft_slo_ns,
         tpot_slo=row.tpot_slo_ns,
     )
-
-
-def _from_zero(name: str, requests: list[Request], source: dict[str, object]) -> Workload:
-    start = requests[0].arrival
-    if start:
-        requests = [dataclasses.replace(request, arrival=request.arrival - start) for request in requests]
-    return Workload(name, tuple(requests), source)
 
 
 def head(pieces: tuple[Piece, ...], tokens: int) -> tuple[Piece, ...]:

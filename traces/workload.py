@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lab.control.request import Request
@@ -81,20 +81,11 @@ class Workload:
             raise ConfigError(f"trace.rate_scale is {rate_scale}; expected a number > 0")
         if rate_scale == 1:
             return self
-        starts: dict[str, int] = {}
-        moved = []
-        for request in self.requests:
-            start = request.arrival
-            if request.session:
-                start = starts.setdefault(request.session, start)
-            scaled = start / rate_scale
-            if scaled > _LATEST_NS:
-                raise ConfigError(
-                    f"trace.rate_scale is {rate_scale}; it puts request '{request.id}' more than a century "
-                    "from the start; expected a larger number"
-                )
-            arrival = round(scaled) + request.arrival - start
-            moved.append(dataclasses.replace(request, arrival=arrival))
+        told = ((request.id, request.session, request.arrival) for request in self.requests)
+        moved = [
+            dataclasses.replace(request, arrival=arrival)
+            for request, arrival in zip(self.requests, rescaled(told, rate_scale), strict=True)
+        ]
         moved.sort(key=lambda request: request.arrival)  # stable: ties keep their order
         total = rate_scale * float(str(self.source.get("rate_scale", 1.0)))
         return Workload(self.name, tuple(moved), {**self.source, "rate_scale": total})
@@ -114,6 +105,20 @@ class Workload:
             input=_lengths([len(request.prompt) for request in self.requests]),
             output=_lengths([request.output_limit for request in self.requests]),
         )
+
+
+def rescaled(told: Iterable[tuple[str, str, int]], rate_scale: float) -> Iterator[int]:
+    """Arrivals as `Workload.rescale` moves them: of each request its id, its session ("": none) and its arrival now."""
+    starts: dict[str, int] = {}
+    for name, session, arrival in told:
+        start = starts.setdefault(session, arrival) if session else arrival
+        scaled = start / rate_scale
+        if scaled > _LATEST_NS:
+            raise ConfigError(
+                f"trace.rate_scale is {rate_scale}; it puts request '{name}' more than a century "
+                "from the start; expected a larger number"
+            )
+        yield round(scaled) + arrival - start
 
 
 def _lengths(values: Sequence[int]) -> LengthStats:

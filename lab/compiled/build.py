@@ -78,8 +78,12 @@ def build(environment: Mapping[str, str] = os.environ) -> Path:
 
 def _lay_out(place: Path) -> None:
     """A copy of the package, with what is to be compiled written out."""
-    package = compiled.source("lab.errors").parent
-    shutil.copytree(package, place / "lab", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in sorted({name.partition(".")[0] for name in compiled.MODULES}):
+        shutil.copytree(
+            compiled.source(package).with_suffix(""),
+            place / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     for module in compiled.MODULES:
         target = place / _relative(module)
         target.write_text(expand(target.read_text(encoding="utf-8")), encoding="utf-8")
