@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
+from typing import NamedTuple
 
 from lab.control.request import Piece, Prompt, Request, Segment
 from lab.errors import ConfigError, TraceError
-from lab.frozen import frozen
 from traces.workload import Workload, rescaled
 
 MOST_ROWS = 1 << 60
@@ -85,8 +85,7 @@ class FileOptions(ShapeOptions):
     """The file, plain or gzip."""
 
 
-@frozen
-class Row:
+class Row(NamedTuple):
     """One request as a file has it: arrival in ns on the file's own clock, lengths >= 1."""
 
     arrival_ns: int
