@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,26 @@ from sim.cost.physical import PhysicalCost
 LLAMA = ["backend=sim", "cost=physical", "cost.model=llama-3.1-8b"]
 
 
-def composed(*words: str) -> Config:
+Composed = Callable[..., Config]
+Opened = Callable[..., SimBackend]
+
+
+@pytest.fixture(scope="module")
+def composed() -> Iterator[Composed]:
+    """A configuration of these words, from one composer for all."""
     with compose.composer() as composer:
-        cfg = composer.config([*LLAMA, *words])
-    config.validate(cfg)
-    return cfg
+
+        def made(*words: str) -> Config:
+            cfg = composer.config(list(words))
+            config.validate(cfg)
+            return cfg
+
+        yield made
 
 
-def opened(*words: str) -> SimBackend:
-    return open_backend(composed(*words), Console(), None)
+@pytest.fixture
+def opened(composed: Composed) -> Opened:
+    return lambda *words: open_backend(composed(*LLAMA, *words), Console(), None)
 
 
 def laid_out(backend: SimBackend) -> list[tuple[str, int, int]]:
@@ -43,8 +55,9 @@ def laid_out(backend: SimBackend) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("name", topology.TOPOLOGIES)
-def test_every_topology_composes_and_survives_its_file(name: str) -> None:
-    cfg = composed(f"topology={name}", "routing=round_robin") if name != "single" else composed()
+def test_every_topology_composes_and_survives_its_file(name: str, composed: Composed) -> None:
+    words = [f"topology={name}", "routing=round_robin"] if name != "single" else []
+    cfg = composed(*LLAMA, *words)
     again = compose.from_yaml(compose.to_yaml(cfg))
     assert again.topology == cfg.topology == topology.TOPOLOGIES[name][1]
     spec = EngineSpec.of(dataclasses.asdict(cfg))
@@ -52,17 +65,17 @@ def test_every_topology_composes_and_survives_its_file(name: str) -> None:
     assert spec.fleet.replicas == spec.fleet.most == (sum(counts) or 1)
 
 
-def test_groups_say_what_their_replicas_are() -> None:
+def test_groups_say_what_their_replicas_are(composed: Composed, opened: Opened) -> None:
     assert laid_out(opened("topology=tp2_dp2", "routing=round_robin")) == [("h100_sxm", 2, 1)] * 2
     mixed = opened("topology=hetero", "routing=round_robin", "topology.groups.slow.count=1")
     assert laid_out(mixed) == [("h100_sxm", 1, 1), ("a100_80g", 1, 1)]
     split = opened("topology=pd_1p1d", "topology.groups.decode.tp=4", "topology.groups.prefill.pp=2")
     assert laid_out(split) == [("h100_sxm", 1, 2), ("h100_sxm", 4, 1)]
-    cfg = composed("topology=pd_2p2d", "routing=round_robin")
+    cfg = composed(*LLAMA, "topology=pd_2p2d", "routing=round_robin")
     assert EngineSpec.of(dataclasses.asdict(cfg)).fleet.roles == ("prefill", "prefill", "decode", "decode")
 
 
-def test_four_devices_hold_more_kv_than_four_replicas_by_the_weights_they_share() -> None:
+def test_four_devices_hold_more_kv_than_four_replicas_by_the_weights_they_share(opened: Opened) -> None:
     one, four = opened("topology=single").capacity, opened("topology=tp4").capacities[0]
     assert four.blocks > 4 * one.blocks
 
@@ -73,12 +86,10 @@ def examples() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", examples(), ids=lambda words: str(words[3]))
-def test_the_pages_examples_run(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with compose.composer() as composer:
-        cfg = composer.config(
-            [*words, "trace.limit=12", "trace.rate_scale=10", f"run.dir={tmp_path / 'run'}"]
-        )
-    config.validate(cfg)
+def test_the_pages_examples_run(
+    words: list[str], composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = composed(*words, "trace.limit=12", "trace.rate_scale=10", f"run.dir={tmp_path / 'run'}")
     assert experiment(cfg) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["requests"]["finished"] == 12
@@ -87,25 +98,24 @@ def test_the_pages_examples_run(words: list[str], tmp_path: Path, capsys: pytest
     assert load(tmp_path / "run").request_records()
 
 
-def attainment(folder: Path, name: str, budget: int) -> float:
+def attainment(composed: Composed, folder: Path, name: str, budget: int) -> float:
     words = [
         "cost=physical", "cost.model=llama-3.1-8b", "routing=least_tokens", "engine.max_seqs=256", "trace=poisson",
         "trace.n=250", "trace.rate=24", "trace.prompt.mean=2000", "trace.prompt.high=8192", "trace.output.mean=128",
         "trace.output.high=1024", "slo.ttft_ms=100", "slo.tpot_ms=9", "run.record=requests", "backend=sim",
     ]  # fmt: skip
-    with compose.composer() as composer:
-        cfg = composer.config(
-            [*words, f"topology={name}", f"engine.token_budget={budget}", f"run.dir={folder / name}-{budget}"]
-        )
-    config.validate(cfg)
-    experiment(cfg)
+    more = f"topology={name}", f"engine.token_budget={budget}", f"run.dir={folder / name}-{budget}"
+    experiment(composed(*words, *more))
     return float(
         json.loads((folder / f"{name}-{budget}" / "metrics.json").read_text())["goodput"]["attainment"]
     )
 
 
-def test_the_best_step_size_is_another_on_another_topology(tmp_path: Path) -> None:
-    both = {name: [attainment(tmp_path, name, size) for size in (256, 2048)] for name in ("dp4", "pd_2p2d")}
+def test_the_best_step_size_is_another_on_another_topology(composed: Composed, tmp_path: Path) -> None:
+    both = {
+        name: [attainment(composed, tmp_path, name, size) for size in (256, 2048)]
+        for name in ("dp4", "pd_2p2d")
+    }
     assert both["dp4"][0] > both["dp4"][1] + 0.1
     assert both["pd_2p2d"][0] < both["pd_2p2d"][1] - 0.05
 
@@ -129,7 +139,7 @@ def test_the_best_step_size_is_another_on_another_topology(tmp_path: Path) -> No
         (["topology=pd_1p1d", "topology.link.gb_s=0"], "topology.link.gb_s is 0.0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_sentence(words: list[str], said: str) -> None:
+def test_what_makes_no_sense_is_refused_in_one_sentence(words: list[str], said: str, opened: Opened) -> None:
     with pytest.raises(DiptychError) as caught:
         opened(*words)
     assert said in str(caught.value)
