@@ -14,7 +14,10 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackDescri
 from lab.observe.perfetto import write_timeline
 from lab.observe.plain import PlainSpan, plain_spans
 from lab.observe.recorder import Recorder
+from sim.moves import Failure, Link
 from tests.observe.made import info_for, play, rich, runs
+from tests.policies.fleets import MS
+from tests.sim.test_moves import SPLIT, serve, workload
 
 
 @dataclass
@@ -235,3 +238,61 @@ def test_names_and_values_that_come_again_are_written_once(tmp_path: Path) -> No
         assert data.count(word) == 1, word
     spans = sum(1 for _ in plain_spans(recorder, info_for(recorder)))
     assert len(data) < 110 * spans
+
+
+def test_arrows_follow_a_request_to_the_replica_that_took_it_and_none_leads_astray(tmp_path: Path) -> None:
+    """Prefill and decode apart, a slow link, a decoding replica lost and replaced, one for prompts lost for good."""
+    failures = [Failure(2, 400 * MS, 100 * MS), Failure(0, 600 * MS)]
+    recorder, records = serve(
+        workload(7), SPLIT, Link(1e7, 70_000), failures=failures, cold_start=50 * MS, aggregate=False
+    )
+    tracks, _ = timeline(recorder, tmp_path / "t")
+    landed = {
+        flow: (int(path.split("/")[1].removeprefix("replica ")), one)
+        for path, track in tracks.items()
+        if path.endswith("/steps")
+        for one in track.slices
+        for flow in one.flows
+    }
+    did = {(s.replica, s.plan.index): {work.request for work in s.plan.items} for s in recorder.steps}
+    failed = {name for name, r in records.items() if any(part.cause == "failed" for part in r.intervals)}
+    assert 0 < len(failed) < len(records)
+    assert max(len(record.transfers) for record in records.values()) == 2
+    arrows = 0
+    for name, record in records.items():
+        at = record.decision.replica
+        for one in tracks[f"sim/requests/{name}"].slices:
+            for flow in one.flows:
+                if flow not in landed:
+                    assert name in failed  # where it was computed again isn't told
+                    continue
+                arrows += 1
+                replica, step = landed[flow]
+                assert name in did[replica, step.about["lab.step.index"]]
+                assert step.about["lab.step.index"] == one.about["lab.step.first"]
+                assert one.start <= step.start < one.end
+                if name not in failed:
+                    assert replica == (
+                        at if one.name == "request.prefill" else record.transfers[0].destination
+                    )
+    whole = [record for name, record in records.items() if name not in failed]
+    assert arrows >= sum(part.phase != "queue" for record in whole for part in record.intervals) > len(whole)
+    moves = [
+        (name, one.start, one.end, one.about["lab.transfer.source"], one.about["lab.transfer.destination"])
+        for name in records
+        for one in getattr(tracks.get(f"sim/requests/{name}/moves"), "slices", [])
+    ]
+    assert moves == [
+        (name, move.ready, move.end, move.source, move.destination)
+        for name, record in records.items()
+        for move in record.transfers
+    ]
+    gone = [
+        (one.about["lab.replica"], one.start)
+        for one in tracks["sim/gateway"].slices
+        if one.about["lab.scale.reason"] == "failed"
+    ]
+    assert gone == [(2, 400 * MS), (0, 600 * MS)]
+    for replica, moment in gone:
+        assert all(step.end <= moment for step in tracks[f"sim/replica {replica}/steps"].slices)
+    assert tracks["sim/replica 4/steps"].slices[0].start >= 550 * MS
