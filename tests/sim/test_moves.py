@@ -49,7 +49,7 @@ def serve(
         FleetSpec(replicas=count, most=count, cold_start=more.pop("cold_start", 0), roles=roles),
         joins_late=more.pop("joins_late", False),
     )
-    capacity = Capacity(blocks, 16, block_bytes=16 * BYTES)
+    capacity = Capacity(blocks, 16, block_bytes=more.pop("block_bytes", 16 * BYTES))
     recorder = Recorder()
     control = assemble(spec, capacity, recorder, requests, aggregate=more.pop("aggregate", True))
     executor = SimExecutor(cost or Cost(), capacity)
@@ -135,6 +135,11 @@ def test_nothing_leaks_and_every_byte_is_some_requests(
     on_wire = sorted((move.sent, move.end - 70_000) for move in sent if move.tokens)
     for (_, end), (start, _) in itertools.pairwise(on_wire):
         assert start >= end, "the link carries one transfer at a time"
+    for destination in (2, 3):  # nobody overtakes another on the way to room, nor to the link
+        there = [(m.ready, m.reserved, m.sent) for m in sent if m.destination == destination and m.tokens]
+        assert [reserved for _, reserved, _ in sorted(there)] == sorted(reserved for _, reserved, _ in there)
+    on_link = [(move.reserved, move.sent) for move in sent if move.tokens]
+    assert [at for _, at in sorted(on_link)] == sorted(at for _, at in on_link)
     for move in sent:
         if move.tokens:
             assert move.wire_ns == round(move.bytes / rate * 1e9) + 70_000
@@ -162,6 +167,31 @@ def test_one_request_by_hand() -> None:
     assert [(part.phase, part.cause) for part in record.intervals] == [
         ("queue", "arrival"), ("prefill", ""), ("queue", "transfer"), ("decode", ""),
     ]  # fmt: skip
+
+
+def same(count: int, tokens: int = 100, output: int = 3, apart: int = 0) -> list[Request]:
+    """Requests of one size with nothing in common."""
+    return [
+        Request(id=f"r{i}", prompt=Prompt((Segment(i, 0, tokens),)), output_len=output, arrival=i * apart)
+        for i in range(count)
+    ]
+
+
+PREFILL = 2 * MS + 100 * 100_000
+"""Of 100 tokens, alone."""
+
+
+def test_the_links_latency_keeps_nobody_waiting() -> None:
+    late, wire = 50 * MS, 1 * MS
+    _, records = serve(same(2), SPLIT, Link(1e8, late))
+    first, second = sorted((records[f"r{i}"].transfers[0] for i in range(2)), key=lambda move: move.sent)
+    assert (first.sent, first.end) == (PREFILL, PREFILL + wire + late)
+    assert (second.sent, second.end) == (PREFILL + wire, PREFILL + 2 * wire + late)
+
+
+def test_part_of_a_byte_is_sent_whole() -> None:
+    _, records = serve(same(1), ("prefill", "decode"), Link(1e8), block_bytes=9)
+    assert records["r0"].transfers[0].bytes == 57  # 100 tokens of 9/16 bytes
 
 
 def test_what_the_destination_has_cached_is_not_sent_again() -> None:
@@ -212,15 +242,28 @@ def test_a_destination_without_room_keeps_the_kv_at_its_source() -> None:
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1500), st.integers(0, 400)), min_size=1, max_size=4),
     st.sampled_from([(), SPLIT]),
     st.sampled_from([3e5, 1e9]),
+    st.sampled_from([30, 400]),
     st.booleans(),
 )
 def test_whatever_fails_and_comes_back_every_request_ends_once(
-    seed: int, planned: list[tuple[int, int, int]], roles: tuple[str, ...], rate: float, aggregate: bool
+    seed: int,
+    planned: list[tuple[int, int, int]],
+    roles: tuple[str, ...],
+    rate: float,
+    blocks: int,
+    aggregate: bool,
 ) -> None:
     requests = workload(seed)
     failures = [Failure(replica, at * MS, back * MS) for replica, at, back in planned]
     recorder, records = serve(
-        requests, roles, Link(rate), failures=failures, replicas=4, cold_start=50 * MS, aggregate=aggregate
+        requests,
+        roles,
+        Link(rate),
+        failures=failures,
+        replicas=4,
+        cold_start=50 * MS,
+        blocks=blocks,
+        aggregate=aggregate,
     )
     assert len(recorder.requests) == len(records) == len(requests)
     for record in records.values():
@@ -261,3 +304,73 @@ def test_while_it_is_replaced_requests_wait() -> None:
     whole(records["a"])
     gaps = [b - a for a, b in zip(records["a"].token_times, records["a"].token_times[1:], strict=False)]
     assert max(gaps) > 700 * MS
+
+
+def test_what_is_called_off_uses_neither_the_link_nor_room() -> None:
+    """Three for one link of 100 ms each; the second's source is lost while it waits for the link."""
+    wire = 100 * MS
+    requests = same(3, output=20, apart=MS)
+    _, records = serve(
+        requests, ("prefill",) * 3 + ("decode",), Link(1e6), failures=[Failure(1, 50 * MS)], blocks=400
+    )
+    a, b, c = (records[f"r{i}"] for i in range(3))
+    assert [record.decision.replica for record in (a, b, c)] == [0, 1, 2]
+    assert (a.transfers[0].sent, a.transfers[0].end) == (PREFILL, PREFILL + wire)
+    assert (c.transfers[0].sent, c.transfers[0].end) == (PREFILL + wire, PREFILL + 2 * wire)
+    assert [move.source for move in b.transfers] != [1]
+    assert b.transfers[0].sent >= c.transfers[0].end
+    whole(b)
+
+
+def test_room_that_was_kept_for_a_lost_request_goes_to_the_next_at_once() -> None:
+    requests = same(2, output=20, apart=MS)
+    lost = 50 * MS
+    _, records = serve(
+        requests, ("prefill", "prefill", "decode"), Link(1e6), failures=[Failure(0, lost)], blocks=8
+    )
+    a, b = records["r0"], records["r1"]
+    assert (a.decision.replica, b.decision.replica) == (0, 1)
+    assert b.transfers[0].ready < lost
+    assert b.transfers[0].reserved == lost
+    whole(a)
+    whole(b)
+
+
+def test_a_replica_that_comes_back_does_what_the_lost_one_did() -> None:
+    recorder, records = serve(
+        same(4, output=40, apart=30 * MS), ("prefill", "decode"), failures=[Failure(1, 60 * MS, 100 * MS)]
+    )
+    for record in records.values():
+        whole(record)
+    assert any(move.destination == 2 for record in records.values() for move in record.transfers)
+    assert {step.replica for step in recorder.steps if step.start > 160 * MS and step.decode_tokens} == {2}
+
+
+def test_who_waits_for_a_decoding_replica_and_loses_its_own_is_computed_again() -> None:
+    """The only one that decodes is away while a prompt ends; so is, then, the one that has its KV."""
+    failures = [Failure(1, 5 * MS, 200 * MS), Failure(0, 100 * MS, 200 * MS)]
+    _, records = serve(same(1), ("prefill", "decode"), failures=failures)
+    record = records["r0"]
+    whole(record)
+    assert record.token_times[0] == PREFILL
+    (move,) = record.transfers
+    assert (move.source, move.destination) == (3, 2)
+    assert record.computed_tokens == 100 + 101 + 1
+    causes = [part.cause for part in record.intervals if part.phase == "queue"]
+    assert causes == ["arrival", "transfer", "failed", "transfer"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_who_waits_for_room_is_computed_again_only_where_its_kv_is_lost(lost: int) -> None:
+    """A long one fills the replica that decodes; then that is lost, or the one that keeps the next one's KV."""
+    long, short = same(1, tokens=200, output=60), same(2, output=20, apart=20 * MS)[1:]
+    failure = Failure(lost, 80 * MS, 100 * MS)
+    _, records = serve([*long, *short], ("prefill", "decode"), blocks=18, failures=[failure])
+    for record in records.values():
+        whole(record)
+    waited = records["r1"]
+    assert waited.token_times[0] < 80 * MS < waited.transfers[0].reserved
+    causes = [part.cause for part in waited.intervals if part.phase == "queue"]
+    assert ("failed" in causes) == (lost == 0)
+    assert waited.transfers[0].source == (2 if lost == 0 else 0)
+    assert waited.computed_tokens == (100 + 101 + 19 - 1 if lost == 0 else 100 + 19)
