@@ -163,9 +163,9 @@ class PhysicalCost:
         """The same; reading is for one expert of each layer."""
         head = shape.head_linear / tensor
         self._head = (2 * head / self._flops_s, head * shape.width / self._weights_s)
-        self._share = parallel.kv_share(shape)
+        share = 1.0 if parallel.expert > 1 else parallel.kv_share(shape)  # of a request, what a device reads
         self._pair_s = shape.pair_flops / tensor / self._flops_s
-        self._key_s = shape.kv_layer_bytes * self._share / self._kv_s
+        self._key_s = shape.kv_layer_bytes * share / self._kv_s
         self.token_s = max(self._pair_s, self._key_s)
         """One single token's attention to one token of its context, in one layer."""
         stage = -(-shape.layers // parallel.pipeline) / shape.layers

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from lab.analysis.runs import load
 from lab.assembly import EngineSpec
 from lab.config import Config
 from lab.console import Console
+from lab.control.plan import Decoding
 from lab.errors import DiptychError
 from lab.experiment import experiment
+from sim import hardware
 from sim.backend import SimBackend, open_backend
-from sim.cost.physical import PhysicalCost
+from sim.cost.physical import Parallel, PhysicalCost
+from sim.moves import Failure, Link
 
 LLAMA = ["backend=sim", "cost=physical", "cost.model=llama-3.1-8b"]
 
@@ -46,12 +50,14 @@ def opened(composed: Composed) -> Opened:
     return lambda *words: open_backend(composed(*LLAMA, *words), Console(), None)
 
 
+def costs(backend: SimBackend) -> list[PhysicalCost]:
+    found = [cost for cost, _ in backend.replicas]
+    assert all(isinstance(cost, PhysicalCost) for cost in found)
+    return found  # type: ignore[return-value]
+
+
 def laid_out(backend: SimBackend) -> list[tuple[str, int, int]]:
-    found = []
-    for cost, _ in backend.replicas:
-        assert isinstance(cost, PhysicalCost)
-        found.append((cost.hardware.name, cost.parallel.tensor, cost.parallel.pipeline))
-    return found
+    return [(cost.hardware.name, cost.parallel.tensor, cost.parallel.pipeline) for cost in costs(backend)]
 
 
 @pytest.mark.parametrize("name", topology.TOPOLOGIES)
@@ -78,6 +84,59 @@ def test_groups_say_what_their_replicas_are(composed: Composed, opened: Opened) 
 def test_four_devices_hold_more_kv_than_four_replicas_by_the_weights_they_share(opened: Opened) -> None:
     one, four = opened("topology=single").capacity, opened("topology=tp4").capacities[0]
     assert four.blocks > 4 * one.blocks
+
+
+def test_what_a_group_says_of_its_devices_reaches_their_costs(opened: Opened) -> None:
+    assert costs(opened("topology=pp2"))[0].parallel == Parallel(pipeline=2, microbatches=2)
+    words = "cost.model=qwen3-30b-a3b", "topology=ep8", "topology.groups.replica.imbalance=1.5"
+    assert costs(opened(*words))[0].parallel == Parallel(expert=8, imbalance=1.5)
+
+
+def test_kv_moves_at_the_pace_of_the_slower_end(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = hardware.load
+
+    def load(name: str) -> hardware.Hardware:
+        """The A100's port is the slower one; here the H100's is the later one, too."""
+        found = known(name)
+        port = replace(found.network, latency_s=9e-6 if name == "h100_sxm" else 5e-6)
+        return replace(found, network=port)
+
+    monkeypatch.setattr("sim.backend.hardware.load", load)
+    assert opened("topology=pd_hetero", "routing=round_robin")._link == Link(25e9, 9000)
+    told = "topology.link.gb_s=10", "topology.link.latency_us=7"
+    assert opened("topology=pd_1p1d", *told)._link == Link(10e9, 7000)
+    assert opened("topology=tp2")._link is None
+
+
+def test_failures_are_told_in_seconds(opened: Opened) -> None:
+    found = opened("topology=pd_1p1d", "fleet.failures=[{replica: 1, at_s: 2.5, back_s: 0.25}]")
+    assert found._failures == [Failure(1, 2_500_000_000, 250_000_000)]
+
+
+def test_every_replica_is_its_own_groups(composed: Composed, tmp_path: Path) -> None:
+    """Steps, blocks, energy and price of a fleet whose replicas differ, against each group's own description."""
+    cfg = composed(
+        *LLAMA, "topology=hetero", "topology.groups.fast.tp=2", "routing=round_robin", "trace=poisson", "trace.n=9",
+        "trace.rate=20", f"run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    experiment(cfg)
+    run = load(tmp_path / "run")
+    backend = open_backend(cfg, Console(), None)
+    up = run.metrics["duration_s"]
+    watts = usd = 0.0
+    for replica, cost in enumerate(costs(backend)):
+        own = run.steps[run.steps["replica"] == replica]
+        least = cost.cost_of(Decoding(1, 1, 1), ()).weights
+        assert own["weights_term_ns"].min() == pytest.approx(least * 1e9, abs=1)
+        pool = own["blocks_free"] + own["blocks_cached"] + own["blocks_held"]
+        assert set(pool) == {backend.capacities[replica].blocks}
+        device, count = cost.hardware, 2 if replica == 0 else 1
+        busy = float((own["end_ns"] - own["start_ns"]).sum()) / 1e9
+        watts += count * (device.idle_w * up + (device.tdp_w - device.idle_w) * busy)
+        usd += count * device.price_per_hour * up / 3600
+    assert len({capacity.blocks for capacity in backend.capacities}) == 2
+    assert run.metrics["energy"]["kwh"] == pytest.approx(watts / 3.6e6)
+    assert run.metrics["cost"]["usd"] == pytest.approx(usd)
 
 
 def examples() -> list[list[str]]:
@@ -131,6 +190,9 @@ def test_the_best_step_size_is_another_on_another_topology(composed: Composed, t
         (["topology=tp2", "cost.model=llama-3.1-70b", "cost.hardware=l40s"], "doesn't fit on 2 x l40s"),
         (["topology=pd_1p1d", "topology.groups.decode.role=prefill"], "none for decode"),
         (["topology=pd_1p1d", "topology.groups.decode.role=mixed"], "none for decode"),
+        (["topology=ep8", "topology.groups.replica.imbalance=0.9"], "imbalance is 0.9; expected a finite"),
+        (["topology=pd_1p1d", "topology.link.latency_us=-1"], "topology.link.latency_us is -1.0"),
+        (["topology=pd_1p1d", "cost=reference"], "topology.link needs gb_s and latency_us"),
         (["topology=hetero"], "leave all replicas but one idle"),
         (["topology=dp2", "fleet.replicas=2"], "topology.groups.GROUP.count"),
         (["topology=tp2", "cost=reference"], "knows no devices"),
@@ -144,3 +206,11 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(words: list[str], said: 
         opened(*words)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_replica_does_both_or_one_of_the_two_in_all_groups() -> None:
+    groups = {role: topology.GroupConfig(role=role) for role in topology.ROLES}
+    with pytest.raises(DiptychError, match="mixed replicas beside prefill and decode"):
+        topology.validate(topology.TopologyConfig("three", groups), True)
+    del groups["mixed"]
+    topology.validate(topology.TopologyConfig("two", groups), True)
