@@ -1,8 +1,8 @@
 """Source as the compiler takes it best: what a decorator does when the program starts, written out. No plane.
 
-mypyc makes a fast class of one that it understands, and it doesn't understand `lab.frozen.frozen`. So each frozen
-class gets its `__init__`, `__eq__`, `__hash__` and `__repr__` as code, and gives up what only interpreted code
-enforces: compiled, assigning to a field isn't refused.
+mypyc makes a fast class of one that it understands, and it doesn't understand `lab.frozen.frozen`; and the `__init__`
+that `dataclass` makes stays interpreted. So each such class gets its `__init__`, `__eq__`, `__hash__` and `__repr__`
+as code, and gives up what only interpreted code enforces: compiled, assigning to a field isn't refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+_VALUES = ("frozen", "dataclass(frozen=True, slots=True)", "dataclass(slots=True)")
+"""Decorators that make a class of its fields; the last one's instances change, and have no hash."""
 
 _BUILTINS = ("dict", "list", "set", "tuple")
 
@@ -27,8 +30,8 @@ def expand(source: str) -> str:
         if not isinstance(node, ast.ClassDef):
             continue
         decorators = [ast.unparse(each) for each in node.decorator_list]
-        if "frozen" in decorators:
-            body += _frozen(node)
+        if any(each in _VALUES for each in decorators):
+            body += _written_out(node, hashed=_VALUES[-1] not in decorators)
             added += [
                 "from typing import Any, ClassVar",
                 "from lab.frozen import described, told",
@@ -59,8 +62,8 @@ class _Field:
     keyword_only: bool = False
 
 
-def _frozen(node: ast.ClassDef) -> list[ast.stmt]:
-    """Write out in `node` what `frozen` makes of it; returns what is to come after the class."""
+def _written_out(node: ast.ClassDef, hashed: bool) -> list[ast.stmt]:
+    """Write out in `node` what its decorator makes of it; returns what is to come after the class."""
     fields = list(_fields(node))
     name = node.name
     given = [field for field in fields if field.init]
@@ -83,6 +86,8 @@ def _frozen(node: ast.ClassDef) -> list[ast.stmt]:
         "__hash__": f"def __hash__(self) -> int:\n    return hash(({_tuple(compared)}))",
         "__repr__": f"def __repr__(self) -> str:\n    return f'{name}({shown})'",
     }
+    if not hashed:
+        del made["__hash__"]
     kept: list[ast.stmt] = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign):
@@ -93,7 +98,7 @@ def _frozen(node: ast.ClassDef) -> list[ast.stmt]:
     documented = int(ast.get_docstring(node) is not None)
     kept.insert(documented, _statement("__dataclass_fields__: ClassVar[dict[str, Any]] = {}"))
     node.body = kept + [_statement(text) for key, text in made.items() if key not in methods]
-    node.decorator_list = [each for each in node.decorator_list if ast.unparse(each) != "frozen"]
+    node.decorator_list = [each for each in node.decorator_list if ast.unparse(each) not in _VALUES]
     rows = ", ".join(
         f"{field.name!r}: ({ast.unparse(field.annotation)!r}, {_call(field)})" for field in fields
     )

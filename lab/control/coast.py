@@ -7,9 +7,10 @@ with the same digest and the same times; the data plane isn't asked for more tha
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from lab.control.decodes import WorkList
@@ -50,7 +51,7 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
         for request, ids in taken:
             name = request.encode()
             parts += (struct.pack("<iii", len(name), 1, *ids), name)
-        digest = hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+        digest = blake2b(b"".join(parts), digest_size=16).hexdigest()
         core.estimate.saw(0, seqs, decoding.context, done - now)
         load.context += seqs
         load.expected -= seqs
@@ -109,7 +110,7 @@ def _record(
         WorkList((), decoding.seqs, None),
         digest,
         released=gone,
-        decodes=decoding._replace(blocks=tuple(taken)),
+        decodes=replace(decoding, blocks=tuple(taken)),
     )
     return StepRecord(
         plan=plan,

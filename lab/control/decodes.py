@@ -148,14 +148,15 @@ class Decodes:
                     pool.publish_next(live.blocks, live.chain, live.blocks.published + 1, now, live.request)
         return taken
 
-    def peek(self) -> Decoding:
-        """The sums of the next grant, but for its blocks."""
+    def peek(self, taken: Sequence[tuple[RequestId, tuple[BlockId, ...]]] = ()) -> Decoding:
+        """The sums of the next grant, with the blocks that it has `taken`."""
         seqs, clock = len(self.members), self.clock
         if self._longest is None:
             self._longest = max(
                 (live.computed - live.since for live in self.members.values()), default=-clock
             )
-        return Decoding(seqs, self._context + seqs, self._longest + clock + 1, self._marks, self._starts)
+        context, longest = self._context + seqs, self._longest + clock + 1
+        return Decoding(seqs, context, longest, self._marks, self._starts, tuple(taken))
 
     def listing(self, decoding: Decoding) -> list[Work]:
         """The work items of the grant in flight."""

@@ -7,13 +7,12 @@ up to step n exactly when their digests at n are equal. The digest covers decisi
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import lru_cache
-from typing import NamedTuple
+from hashlib import blake2b
 
 from lab.control.request import BlockId, Request, RequestId
 from lab.frozen import frozen
@@ -53,7 +52,8 @@ class Move:
     pairs: tuple[tuple[BlockId, int], ...]
 
 
-class Decoding(NamedTuple):
+@frozen
+class Decoding:
     """Decodes that a plan grants all together, as sums: one token each, and the blocks they take.
 
     `marks` and `starts` are their part of the digest (see `chain`).
@@ -160,7 +160,7 @@ class StepPlan:
 @lru_cache(maxsize=1 << 14)
 def weight(request: RequestId) -> int:
     """A request's number in the digest: 128 bits made of its name."""
-    return int.from_bytes(hashlib.blake2b(request.encode(), digest_size=16).digest(), "little")
+    return int.from_bytes(blake2b(request.encode(), digest_size=16).digest(), "little")
 
 
 MASK = (1 << 128) - 1
@@ -188,9 +188,9 @@ def chain(
     start, and by the blocks they take: so whoever keeps the sums from step to step (`decodes`, beside the rest of
     `work`) gets the same digest as whoever lists them, without looking at each. All other items enter in full.
     """
-    count, _, _, marks, starts, taken = decodes
+    count, marks, starts = decodes.seqs, decodes.marks, decodes.starts
     parts: list[bytes] = []
-    blocks = list(taken)
+    blocks = list(decodes.blocks)
     for item in work:
         if item.tokens == 1 and item.samples:
             mark = weight(item.request)
@@ -219,7 +219,7 @@ def chain(
         parts.append(
             f"\x1ecompact\x1f{gone.request}\x1f{gone.rule}\x1f{gone.recent}\x1f{gone.blocks}".encode()
         )
-    return hashlib.blake2b(previous.encode() + head + b"".join(parts), digest_size=16).hexdigest()
+    return blake2b(previous.encode() + head + b"".join(parts), digest_size=16).hexdigest()
 
 
 def digest_of(previous: str, plan: StepPlan) -> str:

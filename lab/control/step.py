@@ -277,7 +277,7 @@ class StepBuilder:
         self.tokens_left -= count
         if steady.bulk:
             steady.granted = True
-            self.decoding = steady.peek()._replace(blocks=tuple(taken))
+            self.decoding = steady.peek(taken)
         else:
             blocks = dict(taken)
             for name, live in steady.members.items():

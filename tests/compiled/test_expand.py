@@ -19,7 +19,7 @@ SOURCE = '''
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 from lab.frozen import frozen
@@ -39,6 +39,12 @@ class Plain:
     @property
     def twice(self) -> int:
         return 2 * self.count
+
+
+@dataclass(slots=True)
+class Moving:
+    at: int = 0
+    seen: list[int] = field(default_factory=list)
 
 
 @frozen
@@ -87,6 +93,9 @@ def test_values_are_made_compared_shown_and_replaced_alike(both: tuple[Any, Any]
         again = dataclasses.replace(plain, count=3)
         assert (again.twice, plain.count) == (6, 7)
         assert one.Plain("a").known is not one.Plain("a").known
+        moving = one.Moving(seen=[1])
+        moving.at += 2
+        assert moving == one.Moving(2, [1])
         checked = one.Checked((1, 2), label="x")
         assert len(checked) == 3
         assert hash(checked) == hash(one.Checked((1, 2), label="x"))
@@ -130,4 +139,4 @@ def test_every_module_expands_to_what_python_takes(name: str) -> None:
     expanded = expand(source)
     compile(expanded, name, "exec")
     assert "@frozen" not in expanded
-    assert expanded.count("described(") == source.count("@frozen\n")
+    assert expanded.count("described(") == source.count("@frozen\n") + source.count("slots=True)\n")

@@ -198,7 +198,7 @@ def test_a_step_of_decodes_is_not_listed_unless_somebody_asks() -> None:
     core.observe(StepTiming(0, 0, 10, 0, 0))
     plan = core.plan(10)
     assert (len(plan.work), plan.tokens, plan.samples, plan.items) == (2, 2, 2, ())
-    assert plan.decodes[:3] == (2, 42, 21)
+    assert (plan.decodes.seqs, plan.decodes.context, plan.decodes.longest) == (2, 42, 21)
     core.commit(plan, StepResult((0, 0)), 20)
     with pytest.raises(RuntimeError, match="while it is in flight"):
         list(plan.work)
