@@ -288,6 +288,12 @@ def test_a_failed_replicas_requests_are_computed_again_and_keep_their_tokens() -
     assert {step.replica for step in recorder.steps if step.start > 100 * MS} == {1}
 
 
+def test_an_idle_replica_takes_up_what_was_lost_at_once() -> None:
+    recorder, records = serve(same(1, output=100), (), None, replicas=2, failures=[Failure(0, 100 * MS)])
+    whole(records["r0"])
+    assert min(step.start for step in recorder.steps if step.replica == 1) == 100 * MS
+
+
 def test_when_no_replica_is_left_the_rest_is_refused() -> None:
     requests = workload(3, 20, rate=20.0)
     for roles, lost in (((), 0), (("prefill", "decode"), 1)):
