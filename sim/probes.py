@@ -26,7 +26,7 @@ from sim.bench import IN_A_ROW, Bench, Shape
 from sim.cost.linear import LinearCost
 from sim.cost.model import Batch
 
-SHAPES = (Shape(1, 256), Shape(8, 256), Shape(chunks=((0, 128),)))
+SHAPES = (Shape(1, 256), Shape(4, 256), Shape(16, 256), Shape(chunks=((0, 128),)))
 """From bound by memory to bound by arithmetic."""
 EVERY_S = 0.5
 WATCHED, WATCH_S = 5, 1.0

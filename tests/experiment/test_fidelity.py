@@ -11,8 +11,9 @@ import pytest
 
 from experiments.benchmarks.fidelity import gate, kernels, own, prediction, vllm_run
 from experiments.benchmarks.fidelity.__main__ import main
+from experiments.benchmarks.fidelity.ablations import EXACT
 from experiments.benchmarks.fidelity.case import percentile
-from experiments.benchmarks.fidelity.workloads import catalogue, offered
+from experiments.benchmarks.fidelity.workloads import asked_again, catalogue, offered
 from lab.control.executor import Capacity
 from lab.errors import ConfigError, RunError
 from sim.backend import REFERENCE, SimBackend
@@ -198,3 +199,37 @@ def test_calibrations_joined_are_as_if_measured_together(tmp_path: Path) -> None
     for batch in batches.values():
         assert both.price(batch).forward_ns == pytest.approx(1.1 * truth.price(batch).forward_ns, rel=0.08)
     assert asdict(fit(again, {}))["measured_on"]["quality"]["grid_error_pct"]["mean_abs"] < 1
+
+
+def test_every_prompt_asked_again_is_whole_blocks_and_comes_after_itself() -> None:
+    first = next(w for w in catalogue(10) if w.name == "burst").requests(None)
+    twice = asked_again(first, 16)
+    assert len(twice) == 20
+    for one, other, asked in zip(twice[::2], twice[1::2], first, strict=True):
+        assert one.prompt == other.prompt
+        assert one.id != other.id
+        assert one.arrival < other.arrival
+        assert len(one.prompt) % 16 == 0
+        assert 0 <= len(one.prompt) - len(asked.prompt) < 16
+
+
+def test_what_a_mechanism_is_worth_is_gated_and_the_control_plane_by_its_noise(tmp_path: Path) -> None:
+    def table(cache: float, control: float, apart: float) -> dict[str, object]:
+        def row(value: float) -> dict[str, float]:
+            return {"TTFT": value, "TPOT": value, "E2E": value, "tokens/s": 0.0, "preemptions": 1.0}
+
+        named = {
+            "(everything on)": row(1),
+            "prefix cache": row(cache),
+            EXACT: row(control) | {"apart": apart},
+        }
+        return {"ablations": {"w": named}}
+
+    path = tmp_path / "baseline.json"
+    gate.record(table(2.5, 0.4, 0.2), path)
+    assert gate.check(table(2.5, 1.3, 0.2), path) == []
+    assert [s.partition(":")[0] for s in gate.check(table(2.5, 1.5, 0.2), path)] == [
+        f"ablations.w.{EXACT}.{name}" for name in ("E2E", "TPOT", "TTFT")
+    ]
+    assert gate.check(table(2.5, 1.5, 3.0), path) == []
+    assert len(gate.check(table(2.6, 0.4, 0.2), path)) == 3

@@ -26,7 +26,7 @@ from sim.executor import SimExecutor
 from sim.probes import SHAPES, Pace, Paced, Probed, Watch, mean, speed_of
 
 TRUTH = LinearCost.load(REFERENCE)
-SLOW = Pace((1, 8, 128), (1.5, 1.2, 0.9))
+SLOW = Pace((1, 4, 16, 128), (1.5, 1.3, 1.1, 0.9))
 ROOM = Capacity(2048, 16, 8192)
 
 

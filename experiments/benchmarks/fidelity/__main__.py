@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.benchmarks.fidelity import ablations, gate, kernels, vllm_run
-from experiments.benchmarks.fidelity.workloads import Named, offered
+from experiments.benchmarks.fidelity.workloads import Named, asked_again, offered
 from lab.cli import guarded
 from lab.control.request import Request
 from lab.errors import ConfigError
@@ -26,7 +26,7 @@ OPTIONS = {
     "model": "own: smollm2 or tiny",
     "count": "own: requests a workload (60)",
     "repeats": "own: real runs of each workload (3)",
-    "threads": "own: torch's threads (1)",
+    "threads": "own: torch's threads (its own choice)",
     "scale": "own: lengths are divided by so much more (1)",
     "only": "own: workloads whose name has this in it",
     "seconds": "own: measure for so long, then stop; call again to go on",
@@ -57,7 +57,10 @@ def deterministic(root: Path, parts: Sequence[str] = PARTS, *, control: bool = T
         case = vllm_run.described(runs[0])
         workloads: dict[str, list[Request]] = {"vLLM run": vllm_run.workload(runs[0])}
         if (root / "traces" / AZURE.file).is_file():
-            workloads[AZURE.name] = offered(AZURE.requests(root / "traces"), AZURE_RATE)
+            azure = AZURE.requests(root / "traces")
+            workloads[AZURE.name] = offered(azure, AZURE_RATE)
+            half = azure[: len(azure) // 2]
+            workloads["asked again"] = offered(asked_again(half, case.block_size), AZURE_RATE)
         found["ablations"] = {
             name: ablations.table(case, requests, control=control) for name, requests in workloads.items()
         }

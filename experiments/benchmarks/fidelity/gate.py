@@ -1,7 +1,7 @@
-"""The regression gate: no error may grow by more than its noise.
+"""The regression gate: no error may grow by more than its noise, nor what a mechanism is worth.
 
 A baseline holds, under dotted names, every error in percent, each with its noise: nothing but rounding where no time
-was measured, else how far the engine's own repeats lay apart. An error fails when its size exceeds the baseline's by
+was measured, else how far the repeats' errors lay apart. An error fails when its size exceeds the baseline's by
 more than the larger of the two noises (then and now) and `ALLOWED`.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.fidelity.ablations import LATENCIES
 from lab.errors import RunError
 
 FORMAT = 1
@@ -26,7 +27,8 @@ Errors = dict[str, tuple[float, float]]
 
 
 def flatten(found: Mapping[str, Any]) -> Errors:
-    """The errors of what a benchmark found, by part: `run`, `kernels`, `own`."""
+    """The errors of what a benchmark found, by part: `run`, `kernels`, `own`; and what each
+    mechanism is worth, `ablations`."""
     errors: Errors = {}
     if "run" in found:
         part = found["run"]
@@ -37,6 +39,13 @@ def flatten(found: Mapping[str, Any]) -> Errors:
     for device, row in found.get("kernels", {}).items():
         errors |= {f"kernels.{device}.{k}": (v, ROUNDING) for k, v in row["physical_pct"].items()}
         errors[f"kernels.{device}.interpolation"] = (row["interpolation_pct"], ROUNDING)
+    for workload, table in found.get("ablations", {}).items():
+        for mechanism, row in table.items():
+            if not mechanism.startswith("("):
+                noise = max(ALLOWED, row["apart"]) if "apart" in row else ROUNDING
+                errors |= {
+                    f"ablations.{workload}.{mechanism}.{name}": (row[name], noise) for name in LATENCIES
+                }
     for workload, row in found.get("own", {}).get("workloads", {}).items():
         for name, value in row["errors_pct"].items():
             errors[f"own.{workload}.{name}"] = (value, max(ALLOWED, row["spread_pct"][name]))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks.fidelity.kernels import SHAPES
+from experiments.benchmarks.fidelity.prediction import TARGETS, within
 
 
 def tables(found: Mapping[str, Any]) -> str:
     """All of them, one after another."""
     parts = []
     if "own" in found:
-        parts += [errors(found["own"]), causes(found["own"])]
+        parts += [targets(found["own"]), errors(found["own"]), causes(found["own"]), machine(found["own"])]
     if "run" in found:
         parts.append(run(found["run"]))
     if "kernels" in found:
@@ -28,7 +30,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def errors(found: Mapping[str, Any]) -> str:
-    """Own engine: the error of each figure in percent, and in brackets how far the engine's own repeats lie apart."""
+    """Own engine at the machine's pace: the error of each figure in percent, the median repeat's, and in brackets how
+    far the repeats' errors lie apart."""
     names = ["TTFT mean", "TTFT p50", "TTFT p90", "TTFT p99", "TPOT mean", "TPOT p50", "TPOT p90", "TPOT p99"]
     names += [
         "E2E mean",
@@ -49,6 +52,46 @@ def errors(found: Mapping[str, Any]) -> str:
         ]
         rows.append([workload, *cells])
     return _table(["", *names], rows)
+
+
+def targets(found: Mapping[str, Any]) -> str:
+    """Own engine: how many workloads meet each target, as calibrated and at the machine's pace."""
+    rows, all_ = [], list(found["workloads"].values())
+    for name, most in TARGETS.items():
+        cells = [name, f"{most:g} %"]
+        for errors, spread in (("as_calibrated_pct", "repeats_spread_pct"), ("errors_pct", "spread_pct")):
+            sizes = [abs(row[errors][name]) for row in all_ if name in row[errors]]
+            cells += [
+                f"{within(found, errors)[name]} of {len(sizes)}",
+                f"{statistics.median(sizes):.1f} %",
+                f"{max(sizes):.1f} %",
+                f"{statistics.median(row[spread][name] for row in all_ if name in row[errors]):.1f} %",
+            ]
+        rows.append(cells)
+    kinds = [
+        f"{kind}: {what}"
+        for kind in ("as calibrated", "at its pace")
+        for what in ("within", "median size", "largest", "repeats apart")
+    ]
+    return _table(["", "target", *kinds], rows)
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """Own engine: each repeat's pace by rows of the probes, how far its halves lie apart, and E2E as calibrated."""
+    rows = []
+    for workload, row in found["workloads"].items():
+        cells = [
+            ", ".join(f"{times:.2f}" for times in pace.values()) + f" ({apart:.0f} %)"
+            for pace, apart in zip(row["pace"], row["unsteady_pct"], strict=True)
+        ]
+        told = [
+            f"{row['as_calibrated_pct'][name]:+.1f} ({row['repeats_spread_pct'][name]:.1f})"
+            for name in TARGETS
+            if name in row["as_calibrated_pct"]
+        ]
+        rows.append([workload, *cells, *told])
+    head = [f"repeat {n + 1}" for n in range(found["repeats"])]
+    return _table(["", *head, *(f"{name} as calibrated" for name in TARGETS)], rows)
 
 
 def causes(found: Mapping[str, Any]) -> str:

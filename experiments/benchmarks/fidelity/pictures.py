@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.benchmarks.fidelity import vllm_run
 from experiments.benchmarks.fidelity.case import summary
+from experiments.benchmarks.fidelity.prediction import TARGETS
 from lab.analysis.drawing import _STYLE, SIDE_COLOURS
 from lab.analysis.runs import Run
 
@@ -49,24 +50,39 @@ def curves(run: Path, out: Path) -> None:
 
 
 def errors(found: Mapping[str, Any], out: Path) -> None:
-    """Own engine: each workload's errors, with the repeats' spread as a band."""
+    """Own engine: each workload's errors, as calibrated and at the machine's pace, on the repeats' spread as a band."""
     rows = found["workloads"]
-    shown = ("TTFT mean", "TTFT p99", "TPOT mean", "E2E mean", "E2E p99")
-    figure, axes = _figure(1, len(shown), height=0.24 * len(rows) + 1.0)
+    shown = ("TTFT mean", "TTFT p50", "TTFT p99", "TPOT mean", "E2E mean")
+    figure, axes = _figure(1, len(shown), height=0.24 * len(rows) + 1.3)
     names = list(rows)
     for axis, what in zip(axes, shown, strict=True):
         for place, name in enumerate(names):
             row = rows[name]
             if what not in row["errors_pct"]:
                 continue
-            half = row["spread_pct"][what] / 2
+            half = row["repeats_spread_pct"][what] / 2
             axis.barh(place, 2 * half, left=-half, color="#DDDDDD", height=0.8)
-            axis.plot(row["errors_pct"][what], place, "o", color=SIDE_COLOURS["sim"], markersize=4)
+            for errors, filled in (("as_calibrated_pct", "none"), ("errors_pct", SIDE_COLOURS["sim"])):
+                axis.plot(
+                    row[errors][what],
+                    place,
+                    "o",
+                    color=SIDE_COLOURS["sim"],
+                    markerfacecolor=filled,
+                    markersize=4,
+                )
+        if what in TARGETS:
+            for end in (-TARGETS[what], TARGETS[what]):
+                axis.axvline(end, color="#888888", linewidth=0.8, linestyle=":")
         axis.axvline(0, color="#888888", linewidth=0.8)
         axis.set_title(what)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), names if what == shown[0] else [""] * len(names))
         axis.set_xlabel("%")
+    legend = (
+        "filled: at the machine's pace; hollow: as calibrated; grey: the engine's repeats; dotted: target"
+    )
+    figure.suptitle(legend, fontsize="small")
     _save(figure, out / "fidelity-own.png")
 
 
@@ -75,7 +91,7 @@ def ablations(found: Mapping[str, Mapping[str, Mapping[str, float]]], out: Path)
     figure, axes = _figure(1, 2, height=3.6)
     colours = list(SIDE_COLOURS.values())
     for axis, what in zip(axes, ("TTFT", "E2E"), strict=True):
-        for place, (title, table) in enumerate(found.items()):
+        for place, (title, table) in enumerate(list(found.items())[:2]):
             names = [name for name in table if not name.startswith("(")]
             at = [i + 0.4 * place for i in range(len(names))]
             axis.barh(at, [table[n][what] for n in names], height=0.38, color=colours[place], label=title)

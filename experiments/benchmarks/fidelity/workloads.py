@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lab.control.request import Prompt, Request, Segment
+from lab.control.request import Prompt, Request, Segment, stream_of
 from traces.registry import build
 
 LOADS = (0.4, 0.7, 0.95)
@@ -63,6 +63,17 @@ def offered(requests: Sequence[Request], rate: float) -> list[Request]:
     span = requests[-1].arrival or 1
     factor = 0.0 if rate == float("inf") else (len(requests) - 1) / rate * 1e9 / span
     return [replace(request, arrival=round(request.arrival * factor)) for request in requests]
+
+
+def asked_again(requests: Sequence[Request], block: int) -> list[Request]:
+    """Each prompt, made as long as whole blocks, and the same one again behind it: cached to its last token."""
+    found: list[Request] = []
+    for request in requests:
+        length = -(-len(request.prompt) // block) * block
+        prompt = Prompt((Segment(stream_of("asked again", request.id), 0, length),))
+        found += [replace(request, id=f"{request.id}{turn}", prompt=prompt) for turn in ("", "-again")]
+    last = max(1, found[-1].arrival)
+    return [replace(r, arrival=round(last * i / (len(found) - 1))) for i, r in enumerate(found)]
 
 
 def catalogue(count: int) -> list[Named]:
