@@ -16,11 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lab.control.observer import FleetEvent, RequestRecord, StepRecord, StepTotals
 from lab.control.plan import GENESIS
 from lab.observe.recorder import Recorded
+
+if TYPE_CHECKING:
+    from lab.observe.bulk.requests import RequestBatch
 
 PERCENTILES = (50, 90, 99)
 
@@ -214,6 +217,45 @@ class Tally:
         self.requests += len(records)
         if self._fold:
             self._fold_gaps([record.token_times for record in records if record.outcome == "finished"])
+
+    def add_batch(self, batch: RequestBatch) -> None:
+        """The same by column, in which gaps are folded."""
+        import numpy as np
+
+        own, sums, samples, records = batch.numbers, self._sums, self._samples, batch.records
+        outcomes: list[str] = [record.outcome for record in records]
+        for outcome in self._outcomes:
+            self._outcomes[outcome] += outcomes.count(outcome)
+        arrival, prompt, times = own["arrival_ns"], own["prompt_tokens"], own["output_tokens"]
+        sums["computed"] += int(own["computed_tokens"].sum())
+        self._lags += own["ingest_lag_ns"].tolist()
+        for move in batch.moves:
+            self._moves["queue"].append(move.queue_ns)
+            self._moves["wire"].append(move.wire_ns)
+            self._moved += move.bytes
+        first = int(arrival.min())
+        self._first = first if self._first is None else min(self._first, first)
+        self._last = max(self._last, int(own["end_ns"].max()))
+        ran = own["first_scheduled_ns"] >= 0
+        sums["asked"] += int(prompt[ran].sum())
+        sums["asked_blocks"] += int((-(-prompt[ran] // self._block_size)).sum())
+        sums["cached"] += int(own["cached_tokens"][ran].sum())
+        sums["cached_blocks"] += int(own["cached_blocks"][ran].sum())
+        done = np.array([outcome == "finished" for outcome in outcomes])
+        sums["output"] += int(times[done].sum())
+        sums["prompt"] += int(prompt[done].sum())
+        sums["good"] += sum([record.met_objectives for record in records])
+        self._foreseen += own["predicted_output"][done].tolist()
+        self._true += times[done].tolist()
+        some, several = done & (times > 0), done & (times > 1)
+        samples["ttft_ms"] += (own["first_token_ns"] - arrival)[some].tolist()
+        spread = (own["last_token_ns"] - own["first_token_ns"])[several]
+        samples["tpot_ms"] += (spread / (times[several] - 1)).tolist()
+        samples["e2e_ms"] += (own["end_ns"] - arrival)[done].tolist()
+        samples["queue_ms"] += (own["first_scheduled_ns"] - arrival)[done & ran].tolist()
+        samples["queue_total_ms"] += own["queue_ns"][done].tolist()
+        self.requests += len(records)
+        self._fold_gaps([record.token_times for record in records if record.outcome == "finished"])
 
     def _fold_gaps(self, times: Sequence[Sequence[int]]) -> None:
         import numpy as np

@@ -27,7 +27,7 @@ _BATCH = 1_024
 T = TypeVar("T")
 Column: TypeAlias = tuple[str, str, Callable[[T], Any]]
 """Name, type (see `arrow_type`), and how to get the value from a row. `unique` strings and `varied` integers seldom
-repeat; a `word` is one of few strings: it is kept by its number until it is written."""
+repeat; a `word` is one of few strings, kept by its number until it is written."""
 
 
 def arrow_type(kind: str) -> Any:
@@ -125,13 +125,11 @@ class Table(Generic[T]):
         )
         # A dictionary of values that don't repeat is a third more bytes and twice the time (flat tables only), and
         # nobody looks for ids by their range.
-        unique = any(kind == "unique" for _, kind, _ in columns)
         options: dict[str, Any] = {"compression": "zstd", "version": "2.6"}
-        if unique:
-            options["use_dictionary"] = [
-                name for name, kind, _ in columns if kind not in ("unique", "varied")
-            ]
-            options["write_statistics"] = [name for name, kind, _ in columns if kind != "unique"]
+        if any(kind == "unique" for _, kind, _ in columns):
+            repeating = [name for name, kind, _ in columns if kind not in ("unique", "varied")]
+            ordered = [name for name, kind, _ in columns if kind != "unique"]
+            options |= {"use_dictionary": repeating, "write_statistics": ordered}
         self._words = any(kind == "word" for _, kind, _ in columns)
         # Else who reads them would get numbers and a dictionary, not strings.
         options["store_schema"] = not self._words

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from lab.control.observer import StepTotals
 from lab.control.plan import StepTiming
@@ -20,6 +20,7 @@ from lab.observe.bulk.requests import RequestBatch
 from lab.observe.bulk.steps import StepBatch
 from lab.observe.columns import REQUESTS, SPANS, STEPS
 from lab.observe.identity import request_trace, span_id, span_ids
+from lab.observe.metrics import Tally
 from lab.observe.parquet import Table, write
 from lab.observe.recorder import Recorder
 from lab.observe.spans import spans
@@ -129,3 +130,13 @@ def test_numbers_and_words_that_json_writes_in_its_own_way(folder: Path) -> None
         for row in spans(recorder, info)
     ]
     assert [name for name, _, _ in SPANS] == pq.read_schema(folder / "columns").names
+
+
+@settings(deadline=None)  # scipy is imported where lengths were foreseen
+@given(recorder=runs())
+def test_metrics_of_requests_by_column_are_those_one_by_one(recorder: Recorder) -> None:
+    one, other = Tally(16, fold=True), Tally(16, fold=True)
+    for first in range(0, len(recorder.requests), 3):
+        one.add(recorder.requests[first : first + 3])
+        other.add_batch(RequestBatch(recorder.requests[first : first + 3]))
+    assert other.result({}, recorder.fleet, None) == one.result({}, recorder.fleet, None)

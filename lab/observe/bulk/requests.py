@@ -29,19 +29,30 @@ class RequestBatch:
     """Request records by column; at least one."""
 
     def __init__(self, records: Sequence[RequestRecord]) -> None:
-        self.count, self._records = len(records), records
+        self.count, self.records = len(records), records
         self._requests = [record.request for record in records]
         self._decisions = [record.decision for record in records]
         self.numbers: dict[str, Any] = {
             name: _whole([get(record) for record in records]) for name, get in _NUMBERS
         }
-        self.intervals = _Intervals(records)
+        times = [record.token_times for record in records]
+        self.intervals = parts = _Intervals(records)
+        self.moves = [move for record in records for move in record.transfers]
+        self.numbers |= {
+            "first_token_ns": _whole([each[0] if each else -1 for each in times]),
+            "last_token_ns": _whole([each[-1] if each else -1 for each in times]),
+            "first_scheduled_ns": parts.first_scheduled(),
+            **{f"{phase}_ns": parts.spent(phase) for phase in PHASES},
+        }
+        """Columns; -1 for a time that never was."""
 
     def columns(self) -> list[Any]:
         """The columns of the table of requests, in the order of `lab.observe.columns.REQUESTS`."""
-        records, requests, decisions, parts = self._records, self._requests, self._decisions, self.intervals
-        times = [record.token_times for record in records]
-        said = self.numbers | {
+        import pyarrow as pa
+
+        own, records, parts = self.numbers, self.records, self.intervals
+        requests, decisions = self._requests, self._decisions
+        said = own | {
             "id": [request.id for request in requests],
             "parent": [request.parent for request in requests],
             "sample": [request.sample for request in requests],
@@ -53,10 +64,7 @@ class RequestBatch:
             "admitted": [decision.admitted for decision in decisions],
             "admit_reason": [decision.admit_reason for decision in decisions],
             "route_reason": [decision.route_reason for decision in decisions],
-            "first_scheduled_ns": parts.first_scheduled(),
-            "first_token_ns": [each[0] if each else None for each in times],
-            "last_token_ns": [each[-1] if each else None for each in times],
-            **{f"{phase}_ns": parts.spent(phase) for phase in PHASES},
+            **{name: pa.array(own[name], mask=own[name] < 0) for name in _MAYBE_NEVER},
             "ttft_slo_ns": [request.ttft_slo for request in requests],
             "tpot_slo_ns": [request.tpot_slo for request in requests],
             "intervals": parts.lists(),
@@ -65,9 +73,9 @@ class RequestBatch:
         return [said[name] if name in said else empty_lists(kind, self.count) for name, kind, _ in REQUESTS]
 
     def _transfers(self) -> Any:
-        if not any(record.transfers for record in self._records):
+        if not self.moves:
             return empty_lists("transfers", self.count)
-        return [[dataclasses.asdict(move) for move in record.transfers] for record in self._records]
+        return [[dataclasses.asdict(move) for move in record.transfers] for record in self.records]
 
     def spans(self, info: RunInfo) -> list[Any]:
         """The columns of their spans, as `lab.observe.spans.request_spans` gives them one by one."""
@@ -97,9 +105,9 @@ class RequestBatch:
             put(_ROUTE, at, 0 * at, arrival[at], arrival[at], own["replica"][at], reasons)
         if len(parts.rows):
             pieces.append(parts.piece(halves, roots))
-        moves = [move for record in self._records for move in record.transfers]
+        moves = self.moves
         if moves:
-            counts = [len(record.transfers) for record in self._records]
+            counts = [len(record.transfers) for record in self.records]
             rows = np.repeat(everyone, counts)
             nth = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
             ready, end = (_whole([getattr(move, name) for move in moves]) for name in ("ready", "end"))
@@ -117,7 +125,7 @@ class RequestBatch:
         """The attributes of `request`, in the order of their declaration."""
         import pyarrow as pa
 
-        own, records, requests = self.numbers, self._records, self._requests
+        own, records, requests = self.numbers, self.records, self._requests
         samplings = {id(request.sampling): request.sampling for request in requests}
         drawn = {
             key: [json.dumps(value) for value in (float(s.temperature), float(s.top_p), s.top_k, s.seed)]
@@ -188,14 +196,13 @@ class _Intervals:
         return spent
 
     def first_scheduled(self) -> Any:
-        """When each request first ran; null where it never did."""
-        import pyarrow as pa
+        """When each request first ran; -1 where it never did."""
 
         ran = np.flatnonzero(self._phase != _QUEUE)
         rows, first = np.unique(self.rows[ran], return_index=True)
-        when, never = np.zeros(len(self._counts), np.int64), np.ones(len(self._counts), bool)
-        when[rows], never[rows] = self._start[ran[first]], False
-        return pa.array(when, mask=never)
+        when = np.full(len(self._counts), -1)
+        when[rows] = self._start[ran[first]]
+        return when
 
     def lists(self) -> Any:
         """The column of the table of requests."""
@@ -264,6 +271,7 @@ _NUMBERS = (
     ("predicted_output", lambda record: record.predicted_output),
     ("dropped_tokens", lambda record: record.dropped_tokens),
 )
+_MAYBE_NEVER = ("first_scheduled_ns", "first_token_ns", "last_token_ns")
 _MOVED = ("source", "destination", "tokens", "bytes", "queue_ns", "wire_ns")
 _REQUEST, _ADMIT, _ROUTE = (BOUNDARIES[f"request{part}"] for part in ("", ".admit", ".route"))
 _TRANSFER = BOUNDARIES["kv.transfer"]
