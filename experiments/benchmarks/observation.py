@@ -6,13 +6,13 @@ For the share of a real step see `recording.py` beside this.
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from lab.control.observer import Decision, Interval, Observer, RequestRecord, StepRecord
+from lab.control.observer import Decision, Interval, Observer, RequestRecord, StepRecord, row_of
 from lab.control.plan import GENESIS, StepPlan, StepTiming, Work
 from lab.control.request import Prompt, Request, Segment
 from lab.observe import export
@@ -23,6 +23,7 @@ from lab.observe.otlp import write_otlp
 from lab.observe.plain import plain_spans
 from lab.observe.recorder import Recorder
 from lab.observe.spans import spans
+from lab.observe.stream import Stream
 
 
 def measure(requests: int = 2_000, steps: int = 10_000, batch: int = 16) -> dict[str, float]:
@@ -64,10 +65,24 @@ def measure(requests: int = 2_000, steps: int = 10_000, batch: int = 16) -> dict
         export.write_spans(where / "s", [])  # import what is needed before the clock runs
         count = sum(1 for _ in spans(recorder, info))
         found["spans (each)"] = _us(lambda: sum(1 for _ in spans(recorder, info)), count)
-        bare = functools.partial(spans, recorder, info, links=False)
         found["spans.parquet, spans included (each)"] = _us(
-            lambda: export.write_spans(where / "s", bare()), count
+            lambda: export.write_spans_of(where / "s", recorder, info), count
         )
+        rows = [row_of(step) for step in told_steps]
+        for kind, told in (("step", rows), ("request", told_requests)):
+            stream = Stream(where, info, block_size=16, steps=kind == "step")
+            tell_one: Callable[[Any], object] = stream.on_row if kind == "step" else stream.on_request
+
+            def streamed(
+                told: Sequence[Any] = told,
+                tell_one: Callable[[Any], object] = tell_one,
+                stream: Stream = stream,
+            ) -> None:
+                for one in told:
+                    tell_one(one)
+                stream.close()
+
+            found[f"streamed, table and spans ({kind})"] = _us(streamed, len(told))
         found["otlp file, spans included (each)"] = _us(
             lambda: write_otlp(where / "o", plain_spans(recorder, info), info), count
         )

@@ -214,7 +214,10 @@ _SPANS: Meanings = {
         "",
         "32 hex digits: one trace a request, one a replica, one for the gateway; equal on both backends",
     ),
-    "span_id": ("", "16 hex digits, equal on both backends"),
+    "span_id": (
+        "",
+        "16 hex digits, of the trace, the name and the span's number in it: equal on both backends",
+    ),
     "parent_span_id": ("", "null for the root of a trace"),
     "name": ("", "as declared"),
     "kind": ("", "`SERVER` for requests, else `INTERNAL`"),

@@ -214,7 +214,7 @@ def test_a_disk_that_takes_only_small_files_keeps_those_and_marks_the_run(tmp_pa
     present = names(run.path)
     assert not any(name.endswith(".tmp") for name in present)
     assert {"config.yaml", "environment.json", "metrics.json", "steps.parquet"} <= present
-    assert "spans.parquet" not in present
+    assert not {"requests.parquet", "metrics.prom"} & present
     assert len(run.steps) == run.metrics["steps"]
 
 
