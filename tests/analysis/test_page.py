@@ -231,7 +231,7 @@ TOLD = """(() => {
       blocks_held: [1, 1], blocks_cached: [1, 1], blocks_free: [1, 1] },
   });
   const facts = { ids: ["r"], words: ["decode"], sides: ["real", "sim"], block: 16, tick: 1 };
-  const tell = diptych.teller(facts, [side([0, 1]), side([1, 0])], [0, 1]);
+  const tell = diptych.teller(facts, [side([0, 1]), side([0, 1])], [0, 1]);
   return [tell.piece(0, 0), tell.compared(0, 1)[1].textContent];
 })()"""
 
@@ -240,12 +240,12 @@ TOLD = """(() => {
 def test_tokens_positions_and_the_other_sides_step_are_told_exactly(
     two_sides: Path, browser: Browser
 ) -> None:
-    """By hand: 3 tokens a step from position 100 at step 5; replica 1's step 8 is the other side's first row."""
+    """By hand: 3 tokens a step from position 100 at step 5; each replica has a step 8 of its own."""
     piece, compared = browser.open(two_sides).run(TOLD)
     assert "replica 1, steps 6 to 9" in piece
     assert "12 tokens computed; KV then 115 tokens in 8 blocks" in piece
     assert "r3 (109)3 (109)" in compared  # both are at position 109
-    assert "prompt + decode tokens4 + 03 + 0" in compared  # of replica 1 on either side
+    assert "prompt + decode tokens4 + 04 + 0" in compared  # of replica 1 on either side
 
 
 @browses
