@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from lab.assembly import EngineSpec, assemble
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
 from lab.control.fleet import FleetSpec
-from lab.control.observer import Observer, StepTotals
+from lab.control.observer import Observer, StepRow, StepTotals, row_of
 from lab.control.plan import GENESIS, Decoding, StepTiming
 from lab.control.request import Request
 from lab.control.step import Limits
@@ -98,6 +99,33 @@ def test_crossing_steps_changes_nothing(policy: str) -> None:
             assert left.plan.released == right.plan.released
         assert [asdict(r) for r in one.requests.values()] == [asdict(r) for r in two.requests.values()]
     assert by_sums > 150 or policy not in ("fcfs", "vllm_v1", "sjf")
+
+
+class Rowed(Watching):
+    """Is told of steps as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[StepRow] = []
+
+    def step_rows(self) -> Callable[[StepRow], object] | None:
+        return self.rows.append
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "sjf"])
+def test_rows_of_steps_are_those_of_the_records_crossed_or_not(policy: str) -> None:
+    by_sums = 0
+    for seed in range(4):
+        one, two = Watching(), Rowed()
+        simulate(seed, policy, one, aggregate=False)
+        by_sums += simulate(seed, policy, two, aggregate=True).by_sums
+        assert not two.steps
+        for step, row in zip(one.steps, two.rows, strict=True):
+            expected = row_of(step)
+            assert row[:4] == expected[:4]
+            assert row[5] == expected[5]
+            assert (row[4] is None) == (not (step.plan.admitted or step.plan.preempted or step.plan.rejected))
+    assert by_sums > 100
 
 
 def test_sums_of_steps_are_those_of_the_steps() -> None:
