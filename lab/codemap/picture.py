@@ -229,11 +229,11 @@ def _diamond(x: int, y: int) -> str:
 
 
 def _legend() -> str:
-    x, y = _LEFT + _W + _GAP, _ROWS[3] + 12
+    x, y = _LEFT + 2 * (_W + _GAP) - 24, _ROWS[3] + 12
     rows = (
         (
             f'<path class="call" marker-end="url(#tip)" d="M{x} {y}h26"/>',
-            "who calls whom, and how often in the run",
+            "calls, and how many in the run",
         ),
         (
             f'<path class="call hot" marker-end="url(#tip)" d="M{x} {y + 20}h26"/>',

@@ -65,7 +65,7 @@ def write_spans(path: Path, rows: Iterable[SpanRow]) -> int:
 
 
 def write_spans_of(path: Path, recorded: Recorded, info: RunInfo) -> int:
-    """Write all spans of a run, as `write_spans` would write `lab.observe.spans.spans`, made by column."""
+    """Write all spans of a run, made by column: those of `lab.observe.spans`, row for row."""
     from lab.observe.bulk.requests import RequestBatch
     from lab.observe.bulk.steps import StepBatch
 
