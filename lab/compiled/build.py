@@ -32,7 +32,8 @@ setup(name="diptych-compiled", ext_modules=modules, packages=[], py_modules=[], 
 def build(environment: Mapping[str, str] = os.environ) -> Path:
     """Compile, unless that was done; returns the folder. Older builds go.
 
-    Raises `ConfigError` where the compiler can't be had, `DiptychError` with its last words where it fails.
+    Raises `ConfigError` where the compiler can't be had or the folder can't be made, `DiptychError` with the compiler's
+    last words where it fails.
     """
     home = compiled.home(environment)
     folder = home / compiled.digest()
@@ -43,7 +44,12 @@ def build(environment: Mapping[str, str] = os.environ) -> Path:
         raise ConfigError(
             f"{' and '.join(missing)} can't be found; expected what `pip install mypy setuptools` installs"
         )
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"'{home}' can't be made ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+        ) from error
     with tempfile.TemporaryDirectory(dir=home, prefix=".building.") as name:
         place = Path(name) / "source"
         _lay_out(place)

@@ -99,4 +99,19 @@ def test_a_word_too_many_is_refused(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "'now' was given; expected no words" in done.stderr
+    assert "unrecognized arguments: now" in done.stderr
+
+
+def test_a_cache_that_can_not_be_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "diptych").write_text("a file", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.compiled"],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "can't be made (Not a directory)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
