@@ -153,7 +153,7 @@ class Simulation:
 
     def _serve(self, core: EngineCore) -> None:
         if self._fleet.role(core.replica) == "prefill":
-            core.on_handover = lambda live, now: self._moves.begin(live, core, now)
+            core.relocation.taker = lambda live, now: self._moves.begin(live, core, now)
         # Executors keep what a run has told them, so replicas don't share one.
         alike = self._executors[self._fleet.slots[core.replica]] if self._executors else self._executor
         executor = alike if core.replica == 0 else alike.another()

@@ -107,7 +107,7 @@ class Moves:
         if core is None:
             self._homeless.append(move)
             return
-        move.destination, move.new = core, core.adopt(move.old)
+        move.destination, move.new = core, core.relocation.adopt(move.old)
         self.pending.setdefault(core.replica, []).append(move)
         self.reserve(core.replica, now)
 
@@ -118,7 +118,7 @@ class Moves:
             move = waiting[0]
             assert move.destination is not None
             assert move.new is not None
-            tokens = move.destination.reserve(move.new, move.old.computed, now)
+            tokens = move.destination.relocation.reserve(move.new, move.old.computed, now)
             if tokens is None:
                 return
             move.tokens, move.reserved = tokens, now
@@ -152,8 +152,8 @@ class Moves:
                 source.replica, destination.replica, move.tokens, size, move.ready, move.reserved, sent, now
             )
         )
-        source.let_go(move.old.request.id, now)
-        destination.arrive(new, now)
+        source.relocation.let_go(move.old.request.id, now)
+        destination.relocation.arrive(new, now)
         self._wake(destination.replica)
         self._wake(source.replica)
         self._idle()
@@ -162,7 +162,7 @@ class Moves:
 
     def lost(self, core: EngineCore, now: int) -> None:
         """Everything that this replica had, or that was on its way from or to it, is computed again elsewhere."""
-        gone = core.evacuate(now)
+        gone = core.relocation.evacuate(now)
         gone = [live for live in gone if all(live is not move.new for move in self._moving)]
         off = [move for move in self._moving if core in (move.source, move.destination)]
         off += self.pending.pop(core.replica, [])
@@ -181,7 +181,7 @@ class Moves:
                 self._place(_Move(move.old, move.source, move.ready), now)
                 continue
             if move.destination is not None and move.new is not None and move.reserved >= 0:
-                move.destination.cancel(move.new, now)
+                move.destination.relocation.cancel(move.new, now)
                 self._wake(move.destination.replica)
             move.old.enter("queue", now, "failed")
             gone.append(move.old)
@@ -197,7 +197,7 @@ class Moves:
             if core is None:
                 self._lost.append(live)
                 continue
-            core.arrive(core.adopt(live), now)
+            core.relocation.arrive(core.relocation.adopt(live), now)
             self._wake(core.replica)
 
     def somebody_is_up(self, now: int) -> None:
@@ -210,7 +210,7 @@ class Moves:
     def give_up(self, now: int) -> None:
         """No replica is left, and none will come: what is between replicas ends."""
         for move in self._homeless:
-            move.source.let_go(move.old.request.id, now)
+            move.source.relocation.let_go(move.old.request.id, now)
         left = [*(move.old for move in self._homeless), *self._lost]
         self._homeless, self._lost = [], []
         for live in left:

@@ -7,7 +7,7 @@ compared. The global control point is `plan`; the hot path is `plan` + `commit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,22 +18,23 @@ from lab.control.compress import Compression
 from lab.control.decodes import Decodes, WorkList
 from lab.control.estimate import StepEstimate
 from lab.control.executor import Capacity
+from lab.control.flight import InFlight, describe, tell
+from lab.control.laws import check
 from lab.control.live import LiveRequest
 from lab.control.observer import (
     Decision,
     Observer,
     Outcome,
     RequestRecord,
-    StepRecord,
-    pack_step,
     wants_steps,
     wants_work,
 )
-from lab.control.plan import GENESIS, RankTiming, StepPlan, StepResult, StepTiming, TokenLogprobs, Work, chain
+from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, Work, chain
+from lab.control.relocation import Relocation
 from lab.control.request import Request, RequestId
+from lab.control.results import Emission, carry_out
 from lab.control.step import Limits, StepBuilder
 from lab.errors import DiptychError, ExecutorError, PolicyError, RequestRefused
-from lab.frozen import frozen
 from lab.policy import (
     CompressionPolicy,
     EvictionPolicy,
@@ -43,7 +44,7 @@ from lab.policy import (
     ReplicaView,
     SchedulingPolicy,
 )
-from lab.state.blocks import Block, BlockPool, Table
+from lab.state.blocks import BlockPool, Table
 from lab.state.prefix import ContentChain
 from lab.state.tiers import HostTier
 
@@ -56,41 +57,6 @@ IDLE_STEPS_ALLOWED = 1000
 
 MOST_FORESEEN = 1 << 40
 """Output tokens that a length predictor may foresee: more is a mistake, and beyond what floats can sum."""
-
-
-@frozen
-class Emission:
-    """One generated token on its way out; `finished` says why it was the last one, if it was."""
-
-    request: RequestId
-    token: int
-    finished: Literal["length", "stop"] | None
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A plan that was handed out and not yet committed, and the state right after planning."""
-
-    plan: StepPlan
-    work: list[LiveRequest]
-    """Those granted on their own: of `plan.items`, after the first `together`."""
-    together: int
-    running: int
-    waiting: int
-    prefill_tokens: int
-    decode_tokens: int
-    context_tokens: int
-    blocks_free: int
-    blocks_cached: int
-    allocated: int
-    evicted: int
-    released_plan: int
-    samples: int
-    told: StepPlan | None
-    """The plan, if it decided more than work."""
-    released_commit: int = 0
-    ranks: tuple[RankTiming, ...] = ()
 
 
 @dataclass(slots=True)
@@ -182,12 +148,11 @@ class EngineCore:
         self._joins_late = joins_late
         self._late: list[LiveRequest] = []
         """Held, too: requests that the next plan doesn't know of."""
-        self.on_handover: Callable[[LiveRequest, int], None] | None = None
-        """Takes requests that have their first token: they go on elsewhere, and blocks are kept until `let_go`."""
-        self._leaving: dict[RequestId, list[Block]] = {}
+        self.relocation = Relocation(self)
+        """How requests come from other replicas, and go there."""
         self._released: list[RequestId] = []
-        self._in_flight: _InFlight | None = None
-        self._committed: _InFlight | None = None
+        self._in_flight: InFlight | None = None
+        self._committed: InFlight | None = None
         self._paused = ""
         self._seq = 0
         self._digest = GENESIS
@@ -413,127 +378,6 @@ class EngineCore:
         self._ripe.clear()
         self._held = 0
 
-    # -- from one replica to another -------------------------------------------------------------------
-
-    def _hand_over(self, live: LiveRequest, taker: Callable[[LiveRequest, int], None], now: int) -> None:
-        """A request leaves with its life so far; whoever takes it says when its KV has been read."""
-        self._leaving[live.request.id] = live.blocks
-        if live.phase == "decode" and live.phase_start == now:  # entered with this very token
-            live.phase, live.phase_cause = "queue", "transfer"
-        else:
-            live.enter("queue", now, "transfer")
-        self._forget(live)
-        self._call(self.policy.on_finish, live.view, "moved", now)
-        del live.view
-        taker(live, now)
-
-    def _forget(self, live: LiveRequest) -> None:
-        """It isn't here any more, and hasn't ended."""
-        name, load = live.request.id, self._load
-        self._decodes.drop(live)
-        self._repeats = 0
-        del self._requests[name]
-        load.to_compute -= live.known - live.computed
-        load.expected -= max(live.predicted - len(live.output), 0)
-        load.context -= live.computed - live.dropped if live.status == "running" else 0
-        self._running.pop(name, None)
-        self._waiting.pop(name, None)
-        self._held -= live.status == "held"
-        live.status = "ended"
-        if live.group:
-            self._leave_group(live)
-        if live.seen:
-            self._released.append(name)
-
-    def let_go(self, request_id: RequestId, now: int) -> None:
-        """The KV of a request that left has been read: its blocks are given back."""
-        self._evicting("on_evictable", self.pool.release, self._leaving.pop(request_id), now)
-
-    def adopt(self, moved: LiveRequest) -> LiveRequest:
-        """A request that another replica had, as it will be here: after `reserve` and `arrive`, or `arrive` alone."""
-        live = moved.moved(self._seq, self.pool.block_size)
-        self._seq += 1
-        live.keep = self._compression.keep(live.request)
-        live.peak = self._compression.peak(live.keep)
-        live.plain = live.plain and live.keep is None
-        live.status = "coming"
-        return live
-
-    def reserve(self, live: LiveRequest, computed: int, now: int) -> int | None:
-        """Blocks for a request whose KV, of so many tokens, is to come, and for its next token.
-
-        Returns the tokens that have to be moved, beside those that the prefix cache holds; None while there is no room.
-        """
-        pool = self.pool
-        size = pool.block_size
-        full = computed // size
-        hits = pool.match(live.chain.upto(full), full) if pool.prefix_cache else []
-        wanted = -(-live.known // size)
-        if wanted - len(hits) + sum(block.refs == 0 for block in hits) > pool.available:
-            return None
-        pool.pin(hits, now, live.request)
-        live.blocks, live.computed = Table(hits), computed
-        while len(live.blocks) < wanted:
-            live.blocks.append(self._evicting("victim", pool.take, now))
-        self._expect(live)
-        return computed - len(hits) * size
-
-    def _expect(self, live: LiveRequest) -> None:
-        self._load.to_compute += live.known - live.computed
-        self._load.expected += max(live.predicted - len(live.output), 0)
-        self._requests[live.request.id] = live
-        live.status = "held"
-        self._held += 1
-        self._repeats = 0
-
-    def arrive(self, live: LiveRequest, now: int) -> None:
-        """It is here, with the KV that blocks were reserved for, or with none; it waits from now on."""
-        if live.status == "coming":
-            self._expect(live)
-        if live.status != "held":
-            return  # aborted on the way
-        pool, size = self.pool, self.pool.block_size
-        full = live.computed // size
-        if pool.prefix_cache and live.blocks:
-            self._evicting("on_cached", pool.publish_next, live.blocks, live.chain, full, now, live.request)
-        if self._joins_late and self._in_flight is not None:
-            self._late.append(live)
-            self._repeats = 0
-        else:
-            self._let_in(live, now)
-
-    def cancel(self, live: LiveRequest, now: int) -> None:
-        """What was reserved for a request that won't come is given back."""
-        if live.status == "held":
-            self._forget(live)
-            self._evicting("on_evictable", self.pool.release, live.blocks, now)
-
-    def _gave_up(self, now: int) -> bool:
-        """Where nothing can run, since requests that wait hold all blocks, the last of them is to be computed again."""
-        if self._running or self._paused or self._late:
-            return False
-        for live in reversed(self._waiting.values()):
-            if live.blocks:
-                self._load.to_compute += live.computed
-                live.computed = 0
-                live.preemptions += 1
-                self._evicting("on_evictable", self.pool.release, live.blocks, now)
-                live.blocks = Table()
-                return True
-        return False
-
-    def evacuate(self, now: int) -> list[LiveRequest]:
-        """This replica is lost, and all KV with it: whoever was here, in order of entry. The core is of no use then."""
-        found = list(self._requests.values())
-        for live in found:
-            live.sync()
-            live.enter("queue", max(now, live.phase_start), "failed")
-            self._forget(live)
-        self._in_flight = None
-        self._late.clear()
-        self._leaving.clear()
-        return found
-
     # -- the scheduling loop -------------------------------------------------------------------------
 
     def plan(self, now: int) -> StepPlan:
@@ -561,7 +405,7 @@ class EngineCore:
         if joined:
             self._let_late_in(late, now)
         if not (step.work or step.decoding.seqs or step.preempted or step.rejected):
-            if joined or self._gave_up(now):
+            if joined or self.relocation.gave_up(now):
                 return self.plan(now)
             return StepPlan(self._index, now, (), self._digest)
         self._guard_progress(step)
@@ -571,7 +415,7 @@ class EngineCore:
         if step.repeats and alone and not joined:
             self._repeats, self._repeats_past_ends = step.repeats, step.repeats_past_ends
         plan = self._freeze(step)
-        self._in_flight = self._describe(plan, step)
+        self._in_flight = describe(self, plan, step)
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: int) -> tuple[Emission, ...]:
@@ -585,141 +429,18 @@ class EngineCore:
                 f"step {plan.index}: the data plane returned {len(result.tokens)} tokens for {wanted} sampling requests"
             )
         self._in_flight = None
-        self.estimate.saw(flight.prefill_tokens, flight.decode_tokens, flight.context_tokens, now - plan.now)
-        load = self._load
-        computed = flight.prefill_tokens + flight.decode_tokens
-        load.to_compute += wanted - computed
-        load.context += computed
-        tokens = iter(result.tokens)
-        emissions: list[Emission] = []
-        if plan.compactions:
-            self._compact(plan, now)
-        if plan.decodes.seqs:
-            self._advance(plan, now)
-            tokens = iter(result.tokens[plan.decodes.seqs :])
-        work = list(zip(flight.work, plan.items, strict=True)) if flight.work else []
-        if flight.together:
-            # All of them have their token before any of them ends, as where they are kept as sums.
-            received = [
-                (live, item, *self._apply(live, item, tokens, plan.index, now, result.stopped))
-                for live, item in work[: flight.together]
-            ]
-            for live, item, token, finished in received:
-                self._conclude(live, item, token, finished, result, emissions, now)
-        for live, item in work[flight.together :]:
-            token, finished = self._apply(live, item, tokens, plan.index, now, result.stopped)
-            self._conclude(live, item, token, finished, result, emissions, now)
+        emissions = carry_out(self, flight, result, now)
         flight.released_commit = self._count()[2]
         flight.ranks = result.ranks
         self._committed = flight
         return tuple(emissions)
-
-    def _advance(self, plan: StepPlan, now: int) -> None:
-        """Every decode in steady state has its next token; some end with it."""
-        if isinstance(plan.work, WorkList):
-            plan.work.close()
-        self._load.expected -= plan.decodes.seqs
-        for live in self._decodes.advance(plan.index, now):
-            if live.aborting:
-                self._end(live, "aborted", "aborted", now)
-            else:
-                self._end(live, "finished", "length", now)
-
-    def _apply(
-        self,
-        live: LiveRequest,
-        work: Work,
-        tokens: Iterator[int],
-        step: int,
-        now: int,
-        stopped: Container[RequestId],
-    ) -> tuple[int, Literal["length", "stop"] | None]:
-        """A request's work is done: its token, if that gave one, and why that was the last."""
-        live.granted = 0
-        live.computed += work.tokens
-        live.computed_tokens += work.tokens
-        live.worked(step)
-        if not work.samples:
-            return 0, None
-        token = next(tokens)
-        return token, self._receive(live, token, now, stopped)
-
-    def _conclude(
-        self,
-        live: LiveRequest,
-        work: Work,
-        token: int,
-        finished: Literal["length", "stop"] | None,
-        result: StepResult,
-        emissions: list[Emission],
-        now: int,
-    ) -> None:
-        """Tell of what `_apply` did, and end the request if it was the last."""
-        if work.samples:
-            logprobs = result.logprobs.get(work.request)
-            if logprobs is not None:
-                live.logprobs.append(logprobs)
-            if not live.aborting:
-                emissions.append(Emission(work.request, token, finished, logprobs))
-        if self._on_tokens is not None:
-            self._call(self._on_tokens, live.view, work.tokens, int(work.samples), now)
-        if live.aborting:
-            self._end(live, "aborted", "aborted", now)
-        elif finished is not None:
-            self._end(live, "finished", finished, now)
-        if self._held and live.group and work.samples:
-            self._ripe[live.request.parent] = None
-        if live.status == "ended":
-            return
-        if work.samples and self.on_handover is not None:
-            self._hand_over(live, self.on_handover, now)
-            return
-        if work.samples and live.plain and not live.steady:
-            self._decodes.join(live)
 
     def observe(self, timing: StepTiming) -> None:
         """Tell the observer of the step just committed, now that all of its durations are known."""
         flight, self._committed = self._committed, None
         if flight is None:
             raise RuntimeError("observe() without a committed step")
-        if self._totals is not None:
-            plan, total = flight.plan, self.pool.total
-            held = total - flight.blocks_free - flight.blocks_cached
-            self._totals.step(plan.now, timing.total_ns, total, held, plan.digest)
-            self._totals.decided(plan, flight.evicted)
-            return
-        if self._rows is not None:
-            plan, free, cached = flight.plan, flight.blocks_free, flight.blocks_cached
-            numbers = pack_step(
-                plan.index, plan.now, self.replica, flight.running, flight.waiting, flight.prefill_tokens,
-                flight.decode_tokens, flight.context_tokens, free, cached, self.pool.total - free - cached,
-                flight.allocated, flight.evicted, flight.released_plan, flight.released_commit, len(plan.work),
-                flight.samples, timing.plan_ns, timing.prepare_ns, timing.forward_ns, timing.sample_ns,
-                timing.commit_ns, timing.transfer_ns, timing.compact_ns,
-            )  # fmt: skip
-            self._rows((numbers, plan.digest, self.policy_name, timing.terms, flight.told, flight.ranks))
-            return
-        self._observer.on_step(
-            StepRecord(
-                plan=flight.plan,
-                timing=timing,
-                policy=self.policy_name,
-                replica=self.replica,
-                running=flight.running,
-                waiting=flight.waiting,
-                prefill_tokens=flight.prefill_tokens,
-                decode_tokens=flight.decode_tokens,
-                context_tokens=flight.context_tokens,
-                blocks_free=flight.blocks_free,
-                blocks_cached=flight.blocks_cached,
-                blocks_held=self.pool.total - flight.blocks_free - flight.blocks_cached,
-                allocated=flight.allocated,
-                evicted=flight.evicted,
-                released_plan=flight.released_plan,
-                released_commit=flight.released_commit,
-                ranks=flight.ranks,
-            )
-        )
+        tell(self, flight, timing)
 
     def coast(self, price: Price, now: int, until: int) -> int:
         """Take at once the steps that the policy promised and that end before `until`; returns the time then.
@@ -742,34 +463,8 @@ class EngineCore:
         )
 
     def check(self) -> None:
-        """Conservation laws, as code: blocks, tables, statuses. Raises AssertionError."""
-        self.pool.check([*(live.blocks for live in self._requests.values()), *self._leaving.values()])
-        self.host.check([live.host for live in self._requests.values()])
-        held = sum(live.status == "held" for live in self._requests.values())
-        assert held == self._held, f"{held} sequences are held, {self._held} are counted"
-        everybody = [live.now() for live in self._requests.values()]
-        self._decodes.check(self._running)
-        expected = _Load(
-            sum(live.known - live.computed for live in everybody),
-            sum(max(live.predicted - len(live.output), 0) for live in everybody),
-            sum(live.computed - live.dropped for live in self._running.values()),
-        )
-        assert self._load == expected, f"{self._load} is kept, {expected} is there"
-        for name, live in self._requests.items():
-            assert (name in self._running) == (live.status == "running"), (
-                f"{live.view!r} is in the wrong table"
-            )
-            assert (name in self._waiting) == (live.status == "waiting"), (
-                f"{live.view!r} is in the wrong table"
-            )
-            assert live.computed < live.known, f"{live.view!r} has nothing left to compute"
-            capacity = len(live.blocks or live.host) * self.pool.block_size
-            assert not (live.blocks and live.host), f"{live.view!r} is on the device and the host at once"
-            assert live.computed - live.dropped + live.granted_now <= capacity, (
-                f"{live.view!r} holds {capacity} tokens of blocks"
-            )
-            self._compression.check(live)
-        assert len(self._running) <= self.limits.max_seqs
+        """Conservation laws, as code (`lab.control.laws`). Raises AssertionError."""
+        check(self)
 
     # -- inside --------------------------------------------------------------------------------------
 
@@ -801,69 +496,17 @@ class EngineCore:
         index, self._index = self._index, self._index + 1
         return StepPlan(index, step.now, listed, digest, decodes=decoding, **decisions)
 
-    def _describe(self, plan: StepPlan, step: StepBuilder) -> _InFlight:
-        granted = step.granted
-        prefill, decode, context = 0, plan.decodes.seqs, plan.decodes.context
-        samples = decode
-        for live, work in zip(granted, plan.items, strict=True):
-            samples += work.samples
-            context += work.context
-            if work.start >= live.prompt_tokens and work.tokens == 1:
-                decode += 1
-            else:
-                prefill += work.tokens
-        allocated, evicted, released = self._count()
-        return _InFlight(
-            plan, granted, len(step.together), len(self._running), self.waiting, prefill, decode, context,
-            self.pool.free, self.pool.cached, allocated, evicted, released, samples,
-            plan if step.admitted or step.preempted or step.rejected or step.moved else None,
-        )  # fmt: skip
-
     def _count(self) -> tuple[int, int, int]:
         """Blocks allocated, evicted and released since the last call."""
         pool, before = self.pool, self._counted
         self._counted = (pool.allocated, pool.evicted, pool.released)
         return (pool.allocated - before[0], pool.evicted - before[1], pool.released - before[2])
 
-    def _receive(
-        self, live: LiveRequest, token: int, now: int, stopped: Container[RequestId]
-    ) -> Literal["length", "stop"] | None:
-        """One generated token arrives at `now`; says whether it was the last. `stopped`: those ended by their text."""
-        live.known += 1
-        live.output.append(token)
-        live.token_times.append(now)
-        self._load.expected -= len(live.output) <= live.predicted
-        request = live.request
-        if request.output_len is None and (
-            (token in request.stop_ids and len(live.output) > request.sampling.min_tokens)
-            or request.id in stopped
-        ):
-            return "stop"
-        if live.known - live.prompt_tokens >= request.output_limit:
-            return "length"
-        if live.phase == "prefill":
-            live.enter("decode", now)
-        return None
-
     def _end(self, live: LiveRequest, outcome: Outcome, reason: str, now: int) -> None:
-        name = live.request.id
-        self._decodes.drop(live)
         if self._held or not self._repeats_past_ends:
             self._repeats = 0
-        del self._requests[name]
-        self._running.pop(name, None)
-        self._waiting.pop(name, None)
-        load = self._load
-        load.to_compute -= live.known - live.computed
-        load.expected -= max(live.predicted - len(live.output), 0)
-        load.context -= live.computed - live.dropped if live.status == "running" else 0
         unheard = live.status == "held"
-        self._held -= unheard
-        live.status = "ended"
-        if live.group:
-            self._leave_group(live)
-        if live.seen:
-            self._released.append(name)
+        self._leave(live)
         # Recorded before any policy hears of it: what a hook raises must not cost the record.
         record = live.record(outcome, reason, now)
         self._observer.on_request(record)
@@ -878,6 +521,23 @@ class EngineCore:
         if self.on_ended is not None:
             self.on_ended(record, now)
         del live.view  # whoever has it may keep it; but a circle would wait for the cycle collector
+
+    def _leave(self, live: LiveRequest) -> None:
+        """It isn't here any more: it ends, or goes on elsewhere."""
+        name, load = live.request.id, self._load
+        self._decodes.drop(live)
+        del self._requests[name]
+        self._running.pop(name, None)
+        self._waiting.pop(name, None)
+        load.to_compute -= live.known - live.computed
+        load.expected -= max(live.predicted - len(live.output), 0)
+        load.context -= live.computed - live.dropped if live.status == "running" else 0
+        self._held -= live.status == "held"
+        live.status = "ended"
+        if live.group:
+            self._leave_group(live)
+        if live.seen:
+            self._released.append(name)
 
     def _leave_group(self, live: LiveRequest) -> None:
         parent = live.request.parent
@@ -923,17 +583,6 @@ class EngineCore:
         self._load.context -= held
         self._load.to_compute += computed - live.computed
         self._call(self.policy.on_preempt, live.view, how, now)
-
-    def _compact(self, plan: StepPlan, now: int) -> None:
-        """Requests let go of what the data plane has given up."""
-        for item in plan.compactions:
-            live, end = self._requests[item.request], item.sinks + len(item.blocks)
-            gone = live.blocks[item.sinks : end]
-            del live.blocks[item.sinks : end]
-            live.dropped += item.tokens
-            live.dropped_tokens += item.tokens
-            self._load.context -= item.tokens
-            self._evicting("on_evictable", self.pool.release, gone, now)
 
     def _rejected(self, live: LiveRequest, reason: str, now: int) -> None:
         self._end(live, "rejected", reason, now)
