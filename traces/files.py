@@ -117,7 +117,7 @@ def _check_header(place: Place, header: list[str], columns: Sequence[str]) -> No
         if header.count(name) > 1:
             raise place.at(name).error(f"appears {header.count(name)} times; expected once")
         if name not in header:
-            seen = ", ".join(header)[:MAX_NAME]
+            seen = ascii(", ".join(header)[:MAX_NAME])[1:-1]  # a quoted name may hold a line's end
             raise place.at(name).error(f"missing from the header ({seen}); expected {','.join(columns)}")
 
 

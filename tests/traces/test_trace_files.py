@@ -239,6 +239,9 @@ EDIT = st.tuples(st.integers(0, 600), st.integers(0, 30), st.sampled_from(SPLICE
     edits=st.lists(EDIT, min_size=1, max_size=4), packed=st.booleans(), cut=st.none() | st.integers(0, 400)
 )
 @example(edits=[(0, 0, b"")], packed=False, cut=None)
+@example(
+    edits=[(0, 0, b'"'), (119, 30, b'"')], packed=False, cut=None
+)  # a header that goes on in the next line
 @settings(max_examples=150, deadline=None)
 def test_a_mutated_file_loads_or_says_where_it_is_broken(name, edits, packed, cut, tmp_path_factory):
     data = VALID[name].encode()
