@@ -3,6 +3,10 @@
 Sans-IO: `add`, `abort`, `plan` and `commit` take the time as an argument and return values; who calls them
 owns the clock and the data plane. Both backends drive this very class, which is why their decisions can be
 compared. The global control point is `plan`; the hot path is `plan` + `commit`.
+
+Of one mind with it, and told in files of their own: what a commit does to requests (`results`), how a step is described
+and told of (`flight`), runs of equal steps (`coast`), requests that come from other replicas (`relocation`), and what
+must hold between any two steps (`laws`).
 """
 
 from __future__ import annotations
@@ -21,14 +25,7 @@ from lab.control.executor import Capacity
 from lab.control.flight import InFlight, describe, tell
 from lab.control.laws import check
 from lab.control.live import LiveRequest
-from lab.control.observer import (
-    Decision,
-    Observer,
-    Outcome,
-    RequestRecord,
-    wants_steps,
-    wants_work,
-)
+from lab.control.observer import Decision, Observer, Outcome, RequestRecord, wants_steps, wants_work
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, Work, chain
 from lab.control.relocation import Relocation
 from lab.control.request import Request, RequestId
