@@ -59,7 +59,7 @@ def serve(
         core.check()
         assert core.pool.held == 0
         assert not core.has_work
-        assert not core._leaving
+        assert not core.relocation.leaving
     control.fleet.close(simulation.now)
     return recorder, {record.request.id: record for record in recorder.requests}
 
