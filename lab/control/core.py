@@ -467,31 +467,40 @@ class EngineCore:
 
     def _freeze(self, step: StepBuilder) -> StepPlan:
         work, decoding = tuple(step.work), step.decoding
-        decisions: dict[str, Any] = {}
+        preempted: tuple[tuple[RequestId, str], ...] = ()
+        rejected: tuple[tuple[RequestId, str], ...] = ()
         if step.preempted:
-            decisions["preempted"] = tuple([(live.request.id, how) for live, how in step.preempted])
+            preempted = tuple([(live.request.id, how) for live, how in step.preempted])
         if step.rejected:
-            decisions["rejected"] = tuple([(live.request.id, reason) for live, reason in step.rejected])
-        for name in ("swap_out", "swap_in", "compactions", "copies") if step.moved else ():
-            decisions[name] = tuple(getattr(step, name))
-        digest = self._digest = chain(self._digest, self._index, work, decodes=decoding, **decisions)
+            rejected = tuple([(live.request.id, reason) for live, reason in step.rejected])
+        swap_out, swap_in = tuple(step.swap_out), tuple(step.swap_in)
+        compactions, copies = tuple(step.compactions), tuple(step.copies)
+        digest = self._digest = chain(
+            self._digest, self._index, work, preempted, rejected, swap_out, swap_in, decoding, compactions, copies
+        )
         listed: Sequence[Work] = work
         if decoding.seqs:
             listed = WorkList(work, decoding.seqs, partial(self._decodes.listing, decoding))
             if wants_work(self._observer):
                 listed.listed()
+        admitted: tuple[RequestId, ...] = ()
+        new: tuple[Request, ...] = ()
+        released: tuple[RequestId, ...] = ()
         if step.admitted:
-            decisions["admitted"] = tuple([live.request.id for live in step.admitted])
-            decisions["new"] = tuple([live.request for live in step.admitted if not live.seen])
+            admitted = tuple([live.request.id for live in step.admitted])
+            new = tuple([live.request for live in step.admitted if not live.seen])
             for live in step.admitted:
                 if not live.seen and self._on_admitted is not None:
                     self._on_admitted(live.request.id)
                 live.seen = True
         if self._released:
-            decisions["released"] = tuple(self._released)
+            released = tuple(self._released)
             self._released.clear()
         index, self._index = self._index, self._index + 1
-        return StepPlan(index, step.now, listed, digest, decodes=decoding, **decisions)
+        return StepPlan(
+            index, step.now, listed, digest, new, admitted, preempted, rejected, released, swap_out, swap_in,
+            compactions, decoding, copies,
+        )  # fmt: skip
 
     def _count(self) -> tuple[int, int, int]:
         """Blocks allocated, evicted and released since the last call."""
@@ -507,9 +516,9 @@ class EngineCore:
         # Recorded before any policy hears of it: what a hook raises must not cost the record.
         record = live.record(outcome, reason, now)
         self._observer.on_request(record)
-        self._evicting("on_evictable", self.pool.release, live.blocks, now)
+        self._evicting("on_evictable", self.pool.release, live.table, now)
         self.host.release(live.host)
-        live.blocks, live.host = Table(), []
+        live.table, live.host = Table(), []
         said = reason if outcome == "finished" else outcome
         if not unheard:
             self._call(self.policy.on_finish, live.view, said, now)

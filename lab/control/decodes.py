@@ -137,15 +137,16 @@ class Decodes:
         taken: list[tuple[RequestId, tuple[BlockId, ...]]] = []
         if needing:
             for live, block in zip(needing, pool.take_run(len(needing), now), strict=True):
-                table = live.blocks
+                table = live.table
                 if not table.sealed:
                     block.clear(1)
-                table.append(block)
+                table.blocks.append(block)
                 taken.append((live.request.id, (block.id,)))
         if pool.prefix_cache:
             for live in filling:
-                if not live.blocks.goes_on(live.chain.endless):
-                    pool.publish_next(live.blocks, live.chain, live.blocks.published + 1, now, live.request)
+                table = live.table
+                if not table.goes_on(live.chain.endless):
+                    pool.publish_next(table, live.chain, table.published + 1, now, live.request)
         return taken
 
     def peek(self, taken: Sequence[tuple[RequestId, tuple[BlockId, ...]]] = ()) -> Decoding:

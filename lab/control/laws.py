@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def check(core: EngineCore) -> None:
     """Blocks, tables, statuses and sums. Raises AssertionError with the facts."""
-    core.pool.check([*(live.blocks for live in core._requests.values()), *core.relocation.leaving.values()])
+    core.pool.check([*(live.table for live in core._requests.values()), *core.relocation.leaving.values()])
     core.host.check([live.host for live in core._requests.values()])
     held = sum(live.status == "held" for live in core._requests.values())
     assert held == core._held, f"{held} sequences are held, {core._held} are counted"

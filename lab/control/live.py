@@ -11,7 +11,7 @@ from lab.control.observer import Decision, Interval, Outcome, Phase, RequestReco
 from lab.control.plan import TokenLogprobs
 from lab.control.request import Request, RequestId
 from lab.policy import NEVER, KvKeep
-from lab.state.blocks import Table
+from lab.state.blocks import Block, Table
 from lab.state.prefix import ContentChain
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class View:
 
     @property
     def blocks(self) -> int:
-        return len(self._live.blocks)
+        return len(self._live.table.blocks)
 
     @property
     def host_blocks(self) -> int:
@@ -101,7 +101,6 @@ class LiveRequest:
 
     __slots__ = (
         "aborting",
-        "blocks",
         "cached_blocks",
         "cached_tokens",
         "chain",
@@ -135,6 +134,7 @@ class LiveRequest:
         "since",
         "status",
         "steady",
+        "table",
         "token_times",
         "transfers",
         "view",
@@ -158,7 +158,7 @@ class LiveRequest:
         """What KV compression lets it keep, and the most tokens of KV that it then ever holds."""
         self.granted = 0
         """Tokens granted in the step being built."""
-        self.blocks = Table()
+        self.table = Table()
         self.host: list[int] = []
         """Host blocks that hold the KV of its `computed` tokens while it waits swapped out."""
         self.output: list[int] = []
@@ -212,6 +212,11 @@ class LiveRequest:
             self.phase_first = decodes.steps[first]
         self.phase_last = decodes.steps[last - 1]
         self.since = decodes.clock
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The device blocks that it holds."""
+        return self.table.blocks
 
     @property
     def granted_now(self) -> int:

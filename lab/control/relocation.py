@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lab.control.live import LiveRequest
 from lab.control.request import RequestId
-from lab.state.blocks import Block, Table
+from lab.state.blocks import Table
 
 if TYPE_CHECKING:
     from lab.control.core import EngineCore
@@ -25,14 +25,14 @@ class Relocation:
         self._core = core
         self.taker: Callable[[LiveRequest, int], None] | None = None
         """Takes requests that have their first token: they go on elsewhere."""
-        self.leaving: dict[RequestId, list[Block]] = {}
-        """Blocks of those that left, until `let_go`."""
+        self.leaving: dict[RequestId, Table] = {}
+        """Block tables of those that left, until `let_go`."""
 
     def hand_over(self, live: LiveRequest, now: int) -> None:
         """A request leaves with its life so far; whoever takes it says when its KV has been read."""
         assert self.taker is not None
         core = self._core
-        self.leaving[live.request.id] = live.blocks
+        self.leaving[live.request.id] = live.table
         if live.phase == "decode" and live.phase_start == now:  # entered with this very token
             live.phase, live.phase_cause = "queue", "transfer"
         else:
@@ -73,7 +73,7 @@ class Relocation:
         if wanted - len(hits) + sum(block.refs == 0 for block in hits) > pool.available:
             return None
         pool.pin(hits, now, live.request)
-        live.blocks, live.computed = Table(hits), computed
+        live.table, live.computed = Table(hits), computed
         while len(live.blocks) < wanted:
             live.blocks.append(core._evicting("victim", pool.take, now))
         self._expect(live)
@@ -89,7 +89,7 @@ class Relocation:
         pool, size = core.pool, core.pool.block_size
         full = live.computed // size
         if pool.prefix_cache and live.blocks:
-            core._evicting("on_cached", pool.publish_next, live.blocks, live.chain, full, now, live.request)
+            core._evicting("on_cached", pool.publish_next, live.table, live.chain, full, now, live.request)
         if core._joins_late and core._in_flight is not None:
             core._late.append(live)
             core._repeats = 0
@@ -102,7 +102,7 @@ class Relocation:
         if live.status == "held":
             core._repeats = 0
             core._leave(live)
-            core._evicting("on_evictable", core.pool.release, live.blocks, now)
+            core._evicting("on_evictable", core.pool.release, live.table, now)
 
     def gave_up(self, now: int) -> bool:
         """Where nothing can run, since requests that wait hold all blocks, the last of them is to be computed again."""
@@ -114,8 +114,8 @@ class Relocation:
                 core._load.to_compute += live.computed
                 live.computed = 0
                 live.preemptions += 1
-                core._evicting("on_evictable", core.pool.release, live.blocks, now)
-                live.blocks = Table()
+                core._evicting("on_evictable", core.pool.release, live.table, now)
+                live.table = Table()
                 return True
         return False
 

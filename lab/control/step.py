@@ -164,7 +164,7 @@ class StepBuilder:
         dropped: Counter[int] = Counter()
         freed = 0
         for victim in victims:
-            for block in self._pool.opened(self._find(victim, "fits_without").blocks):
+            for block in self._pool.opened(self._find(victim, "fits_without").table):
                 dropped[block.id] += 1
                 freed += dropped[block.id] == block.refs  # a shared block is freed by its last holder
         hits = self._hits(live)
@@ -173,7 +173,7 @@ class StepBuilder:
 
     def frees(self, request: RequestView | RequestId) -> int:
         live = self._find(request, "frees")
-        return sum(block.refs == 1 for block in self._pool.opened(live.blocks))
+        return sum(block.refs == 1 for block in self._pool.opened(live.table))
 
     def estimate(self, prefill_tokens: int = 0, decodes: int = 0, context_tokens: int = 0) -> int:
         return self._estimate(prefill_tokens, decodes, context_tokens)
@@ -320,9 +320,9 @@ class StepBuilder:
             self.swap_out.append(Move(live.request.id, tuple(pairs)))
         else:
             live.computed = live.dropped = 0
-        self._pool.release(live.blocks, self.now)
+        self._pool.release(live.table, self.now)
         live.status = "waiting"
-        live.blocks = Table()
+        live.table = Table()
         live.preemptions += 1
         live.enter("queue", self.now, "swapped" if how == "swap" else "preempted")
         self.preempted.append((live, how))
@@ -356,7 +356,7 @@ class StepBuilder:
         if not came:
             # What several sequences of one parent share, and what compression cuts, is looked at block by block.
             own = self._pool.by_release and live.keep is None and not live.group
-            live.blocks = Table(hits, own, live.request)
+            live.table = Table(hits, own, live.request)
         live.computed = ready
         self._on_admit(live, live.computed - kept)
         if not (live.preemptions or came):
@@ -416,8 +416,10 @@ class StepBuilder:
         `begun`: content is copied to where the first block that is taken begins.
         """
         pool, now, size, user = self._pool, self.now, self._pool.block_size, live.request
-        wanted, table = -(-tokens // size), live.blocks
-        missing = wanted - len(table)
+        table = live.table
+        blocks = table.blocks
+        wanted = -(-tokens // size)
+        missing = wanted - len(blocks)
         if not pool.prefix_cache:
             if missing > 0:
                 pool.grow(table, missing, now)
@@ -434,10 +436,10 @@ class StepBuilder:
                 return
             pool.open(table)
         keys = live.chain.upto(knowable)
-        while len(table) < wanted:
-            depth = len(table)
+        while len(blocks) < wanted:
+            depth = len(blocks)
             key = keys[depth + 1] if depth < knowable else None
-            table.append(pool.take(now, key, table[-1] if depth else None, user))
+            blocks.append(pool.take(now, key, blocks[-1] if depth else None, user))
         pool.publish_next(table, live.chain, full, now, user)
 
     def _hits(self, live: LiveRequest) -> list[Block]:

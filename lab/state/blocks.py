@@ -60,14 +60,14 @@ class Block:
         self.user = self.released = None
 
 
-class Table(list[Block]):
+class Table:
     """A request's block table. While it is `sealed`, only the first `opened` of its blocks speak for themselves."""
 
-    __slots__ = ("depth", "held", "opened", "published", "runs", "sealed", "user")
+    __slots__ = ("blocks", "depth", "held", "opened", "published", "runs", "sealed", "user")
 
     def __init__(self, hits: Iterable[Block] = (), sealed: bool = False, user: Request | None = None) -> None:
-        super().__init__(hits)
-        self.published = self.opened = len(self)
+        self.blocks = list(hits)
+        self.published = self.opened = len(self.blocks)
         """Leading blocks whose content is published."""
         self.sealed, self.held, self.user = sealed, True, user
         self.depth = 0
@@ -77,9 +77,12 @@ class Table(list[Block]):
 
     def goes_on(self, base: bytes | None) -> bool:
         """Publish one more block, if its key is known to be the next of the last run. `base`: what it begins with."""
-        if not self.sealed or base is None or not self.runs or self.runs[-1].base is not base:
+        if not self.sealed or base is None or not self.runs:
             return False
-        self.runs[-1].count += 1
+        last = self.runs[-1]
+        if last.base is not base:
+            return False
+        last.count += 1
         self.published += 1
         return True
 
@@ -122,7 +125,7 @@ class BlockPool:
         # A subclass may have hooks of its own, and they want to be called.
         self.by_release = bool(vars(type(eviction)).get("by_release"))
         """The victim is whoever was let go first: the pool keeps that order, and calls no hook."""
-        self._order: deque[list[Block]] = deque()
+        self._order: deque[Table | list[Block]] = deque()
         """Chains in the order of their release, each to be taken from its end; who is held again is passed over."""
         self.expires = type(eviction).expired is not EvictionPolicy.expired
         self._blocks: list[Block] = []
@@ -256,16 +259,17 @@ class BlockPool:
             self.evicted += count
             self.cached -= count
             order = self._order
-            chain = order[0]
             while count:
-                while not chain:
+                first = order[0]
+                chain = first.blocks if isinstance(first, Table) else first
+                if not chain:
                     order.popleft()
-                    chain = order[0]
+                    continue
                 part = chain[: -count - 1 : -1]
                 del chain[-count:]
-                if isinstance(chain, Table) and chain.sealed:
+                if isinstance(first, Table) and first.sealed:
                     taken += part
-                    self._shorten(chain, len(part))
+                    self._shorten(first, len(part))
                 else:
                     for block in part:
                         if block.released is chain:  # else it is held again, or was let go again with others
@@ -280,7 +284,7 @@ class BlockPool:
         if not table.sealed:
             for block in taken:
                 block.clear(1)
-        table += taken
+        table.blocks += taken
 
     def unknown(self, runs: Sequence[Run], table: Table) -> bool:
         """Whether no block has any of these contents, which come next in a sealed table."""
@@ -308,24 +312,24 @@ class BlockPool:
         if not table.sealed:
             return
         table.sealed = False
-        position = table.opened
-        for block in table[position:]:
+        position, blocks = table.opened, table.blocks
+        for block in blocks[position:]:
             block.clear(int(table.held))
-            block.released = None if table.held else table
+            block.released = None if table.held else blocks
         for run in table.runs:
             entry: dict[int, Block] = {}
             for offset, key in enumerate(keys_of(run.base, run.first, run.count)):
-                block = table[position]
+                block = blocks[position]
                 block.key, block.depth, block.user = key, table.depth + position, table.user
                 entry[run.first + offset] = block
                 position += 1
             self._index[run.base] = entry
         table.runs = []
 
-    def opened(self, table: Table) -> Table:
-        """The table, opened."""
+    def opened(self, table: Table) -> list[Block]:
+        """The table's blocks, each of which speaks for itself from now on."""
         self.open(table)
-        return table
+        return table.blocks
 
     def publish(
         self,
@@ -373,15 +377,18 @@ class BlockPool:
         keys = chain.upto(last)
         while table.published < last:
             depth = table.published
-            self.publish(table[depth], table[depth - 1] if depth else None, keys, depth, now, user)
+            blocks = table.blocks
+            self.publish(blocks[depth], blocks[depth - 1] if depth else None, keys, depth, now, user)
             table.published += 1
 
-    def release(self, chain: Sequence[Block], now: int) -> None:
+    def release(self, given: Table | Sequence[Block], now: int) -> None:
         """Let go of a request's blocks, given in chain order; the tail goes first. A `Table` is given away."""
+        chain = given.blocks if isinstance(given, Table) else given
         if self.by_release:
-            if isinstance(chain, Table) and chain.sealed:
-                chain = self._release_sealed(chain)
-            self._release_run(chain)
+            if isinstance(given, Table) and given.sealed:
+                chain = self._release_sealed(given)
+            if chain:
+                self._release_run(chain)
             return
         for block in reversed(chain):
             block.refs -= 1
@@ -397,13 +404,19 @@ class BlockPool:
 
     def _release_sealed(self, table: Table) -> list[Block]:
         """Let go of what is the table's own; returns what isn't."""
-        others, unpublished = table[: table.opened], table[table.published :]
-        self.released += len(table) - len(others)
-        self._free.extend(reversed(unpublished))
-        del table[table.published :], table[: table.opened]
-        table.depth, table.opened, table.published, table.held = len(others), 0, len(table), False
-        if table:
-            self.cached += len(table)
+        blocks, opened = table.blocks, table.opened
+        others, unpublished = blocks[:opened], blocks[table.published :]
+        self.released += len(blocks) - opened
+        if unpublished:
+            unpublished.reverse()
+            self._free.extend(unpublished)
+            del blocks[table.published :]
+        if opened:
+            del blocks[:opened]
+        left = len(blocks)
+        table.depth, table.opened, table.published, table.held = opened, 0, left, False
+        if left:
+            self.cached += left
             self._order.append(table)
         return others
 
@@ -515,26 +528,26 @@ class BlockPool:
             if before.refs == 0 and not before.candidate:
                 self._maybe_candidate(before, now)
 
-    def check(self, tables: Sequence[Sequence[Block]]) -> None:
+    def check(self, tables: Sequence[Table | Sequence[Block]]) -> None:
         """Conservation, against the block tables of every live request. Raises AssertionError with the facts."""
         expected: dict[BlockId, int] = {}
-        for table in tables:
-            for block in table:
+        for each in tables:
+            for block in each.blocks if isinstance(each, Table) else each:
                 expected[block.id] = expected.get(block.id, 0) + 1
         shut = [table for table in (*tables, *self._order) if isinstance(table, Table) and table.sealed]
         silent = {block.id for block in self._free}
         listed = cached = 0
         for table in shut:
-            own = table[table.opened :]
+            own = table.blocks[table.opened :]
             assert silent.isdisjoint(block.id for block in own), (
                 f"a block of {table.user} has another place too"
             )
             silent.update(block.id for block in own)
             assert all(expected.get(block.id, 0) == table.held for block in own)
-            assert table.published == table.opened + sum(run.count for run in table.runs) <= len(table)
+            assert table.published == table.opened + sum(run.count for run in table.runs) <= len(table.blocks)
             assert all(self._index[run.base] is run and run.table is table for run in table.runs)
             listed += len(table.runs)
-            cached += 0 if table.held else len(table)
+            cached += 0 if table.held else len(table.blocks)
         held = len(expected)
         for block in self._blocks:
             wanted = expected.get(block.id, 0)

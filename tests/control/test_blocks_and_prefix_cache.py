@@ -338,7 +338,7 @@ def test_what_nobody_shares_is_kept_as_runs_until_somebody_looks() -> None:
     for now in range(20):
         step(core, now)
         core.check()
-    table = core._requests["a"].blocks
+    table = core._requests["a"].table
     assert table.sealed
     assert len(table.runs) == 2  # the prompt's whole blocks, and the one that its end shares with the output
     drain(core, 100, check=core.check)

@@ -205,7 +205,7 @@ def _no_shared_writes(core: EngineCore, plan: StepPlan) -> None:
     for work in plan.work:
         live = core._requests[work.request]
         size = core.pool.block_size
-        for block in core.pool.opened(live.blocks)[
+        for block in core.pool.opened(live.table)[
             work.start // size : -(-(work.start + work.tokens) // size)
         ]:
             assert block.refs == 1, f"{live.view!r} writes into {block}"
