@@ -167,7 +167,7 @@ class Simulation:
         if self._measured_control:
             price, timer = None, MeasuredOver(executor)
         coast = None if price is None else lambda now: core.coast(price, now, self._until(index, now))
-        for wait in serve(core, executor, timer, lambda: int(env.now), coast):
+        for wait in serve(core, executor, timer, lambda: int(env._now), coast):
             if self._moves.pending:
                 self._moves.reserve(index, int(env.now))
             if wait == IDLE:

@@ -26,6 +26,7 @@ def expand(source: str) -> str:
     added: list[str] = []
     body: list[ast.stmt] = []
     for node in module.body:
+        node = _settled(node)
         body.append(node)
         if not isinstance(node, ast.ClassDef):
             continue
@@ -45,6 +46,8 @@ def expand(source: str) -> str:
             node.decorator_list.insert(0, _expression("mypyc_attr(native_class=False)"))
             added.append("from mypy_extensions import mypyc_attr")
     module.body = body
+    if any(isinstance(node, ast.AnnAssign) for node in body):
+        added.append("from typing import Final")
     after = next(i for i, node in enumerate(body) if not _prologue(node))
     module.body[after:after] = [_statement(line) for line in sorted(set(added))]
     return ast.unparse(ast.fix_missing_locations(module))
@@ -103,6 +106,16 @@ def _written_out(node: ast.ClassDef, hashed: bool) -> list[ast.stmt]:
         f"{field.name!r}: ({ast.unparse(field.annotation)!r}, {_call(field)})" for field in fields
     )
     return [_statement(f"described({name}, {{{rows}}})")]
+
+
+def _settled(node: ast.stmt) -> ast.stmt:
+    """A module's constant, which by the house's naming never changes: no need to look it up by name each time."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+    if not (isinstance(target, ast.Name) and target.id.strip("_").isupper()):
+        return node
+    assert isinstance(node, ast.Assign | ast.AnnAssign)
+    said = f"Final[{ast.unparse(node.annotation)}]" if isinstance(node, ast.AnnAssign) else "Final"
+    return ast.AnnAssign(target, _expression(said), node.value, simple=1)
 
 
 def _annotations(node: ast.ClassDef) -> dict[str, str]:

@@ -7,15 +7,13 @@ with the same digest and the same times; the data plane isn't asked for more tha
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from lab.control.decodes import WorkList
 from lab.control.observer import StepRecord, pack_step
-from lab.control.plan import MASK, Decoding, StepPlan, StepTiming
+from lab.control.plan import Decoding, StepPlan, StepTiming, chain_decodes
 
 if TYPE_CHECKING:
     from lab.control.core import EngineCore
@@ -42,16 +40,7 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
         seqs = decoding.seqs
         taken = decodes.take(pool, now)
         held += len(taken)
-        parts = [
-            digest.encode(),
-            struct.pack("<qqq", index, seqs, 0),
-            (decoding.marks & MASK).to_bytes(16, "little"),
-            (decoding.starts & MASK).to_bytes(16, "little"),
-        ]
-        for request, ids in taken:
-            name = request.encode()
-            parts += (struct.pack("<iii", len(name), 1, *ids), name)
-        digest = blake2b(b"".join(parts), digest_size=16).hexdigest()
+        digest = chain_decodes(digest, index, decoding, taken)
         core.estimate.saw(0, seqs, decoding.context, done - now)
         load.context += seqs
         load.expected -= seqs
@@ -107,7 +96,7 @@ def _record(
     plan = StepPlan(
         index,
         now,
-        WorkList((), decoding.seqs, None),
+        WorkList((), decoding, None),
         digest,
         released=gone,
         decodes=replace(decoding, blocks=tuple(taken)),

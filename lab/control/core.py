@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from lab.control.blame import blame
@@ -131,6 +130,7 @@ class EngineCore:
         self.replica = replica
         self._observer = observer or Observer()
         told = wants_steps(self._observer)
+        self._wants_work = wants_work(self._observer)
         self._totals = None if told else self._observer.totals(replica)
         self._rows = self._observer.step_rows() if told else None
         self._requests: dict[RequestId, LiveRequest] = {}
@@ -397,7 +397,12 @@ class EngineCore:
             step.run_decodes()  # the plan before this one, which the policy said is still its choice
             step.repeats, step.repeats_past_ends = promised - 1, self._repeats_past_ends
         else:
-            self._call(self.policy.schedule, step)
+            try:
+                self.policy.schedule(step)
+            except PolicyError:
+                raise
+            except Exception as error:
+                raise self._policy_blamed(error, "schedule", ()) from error
         joined = bool(late)
         if joined:
             self._let_late_in(late, now)
@@ -447,7 +452,7 @@ class EngineCore:
         """
         if not self._repeats or not self._decodes.bulk or self.pool.expires:
             return now
-        if self._totals is None and wants_work(self._observer):
+        if self._totals is None and self._wants_work:
             return now
         return coast(self, price, now, until)
 
@@ -476,12 +481,21 @@ class EngineCore:
         swap_out, swap_in = tuple(step.swap_out), tuple(step.swap_in)
         compactions, copies = tuple(step.compactions), tuple(step.copies)
         digest = self._digest = chain(
-            self._digest, self._index, work, preempted, rejected, swap_out, swap_in, decoding, compactions, copies
+            self._digest,
+            self._index,
+            work,
+            preempted,
+            rejected,
+            swap_out,
+            swap_in,
+            decoding,
+            compactions,
+            copies,
         )
         listed: Sequence[Work] = work
         if decoding.seqs:
-            listed = WorkList(work, decoding.seqs, partial(self._decodes.listing, decoding))
-            if wants_work(self._observer):
+            listed = WorkList(work, decoding, self._decodes)
+            if self._wants_work:
                 listed.listed()
         admitted: tuple[RequestId, ...] = ()
         new: tuple[Request, ...] = ()
@@ -516,7 +530,12 @@ class EngineCore:
         # Recorded before any policy hears of it: what a hook raises must not cost the record.
         record = live.record(outcome, reason, now)
         self._observer.on_request(record)
-        self._evicting("on_evictable", self.pool.release, live.table, now)
+        try:
+            self.pool.release(live.table, now)
+        except DiptychError:
+            raise
+        except Exception as error:
+            raise self._evictor_blamed(error, "on_evictable") from error
         self.host.release(live.host)
         live.table, live.host = Table(), []
         said = reason if outcome == "finished" else outcome
@@ -578,8 +597,11 @@ class EngineCore:
         except DiptychError:
             raise
         except Exception as error:
-            who = f"eviction policy '{type(self._eviction).__name__}'"
-            raise blame(error, who, f"in {doing}, step {self._index}") from error
+            raise self._evictor_blamed(error, doing) from error
+
+    def _evictor_blamed(self, error: Exception, doing: str) -> PolicyError:
+        who = f"eviction policy '{type(self._eviction).__name__}'"
+        return blame(error, who, f"in {doing}, step {self._index}")
 
     def _admitted(self, live: LiveRequest, supplied: int) -> None:
         self._load.to_compute -= supplied
@@ -608,8 +630,9 @@ class EngineCore:
         except PolicyError:
             raise
         except Exception as error:
-            about = next((f", {a!r}" for a in args if hasattr(a, "seq")), "")
-            doing = f"in {hook.__name__}, step {self._index}{about}"
-            raise blame(
-                error, f"policy '{self.policy_name}'", doing, eviction=type(self._eviction).__name__
-            ) from error
+            raise self._policy_blamed(error, hook.__name__, args) from error
+
+    def _policy_blamed(self, error: Exception, hook: str, args: Sequence[Any]) -> PolicyError:
+        about = next((f", {a!r}" for a in args if hasattr(a, "seq")), "")
+        who, doing = f"policy '{self.policy_name}'", f"in {hook}, step {self._index}{about}"
+        return blame(error, who, doing, eviction=type(self._eviction).__name__)

@@ -10,7 +10,7 @@ With `bulk=False` every request is touched in every step. Both ways take the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, overload
 
 from lab.control.plan import Decoding, Work, weight
@@ -136,8 +136,9 @@ class Decodes:
             filling = {n: live for n, live in members if (live.computed + 1) % size == 0}.values()
         taken: list[tuple[RequestId, tuple[BlockId, ...]]] = []
         if needing:
-            for live, block in zip(needing, pool.take_run(len(needing), now), strict=True):
-                table = live.table
+            blocks = iter(pool.take_run(len(needing), now))
+            for live in needing:
+                block, table = next(blocks), live.table
                 if not table.sealed:
                     block.clear(1)
                 table.blocks.append(block)
@@ -213,30 +214,29 @@ def _joined(live: LiveRequest) -> int:
 class WorkList(Sequence[Work]):
     """A plan's work: its decodes, listed only if somebody asks while the plan is in flight, then `items`."""
 
-    __slots__ = ("_count", "_list", "_listing", "items")
+    __slots__ = ("_decodes", "_decoding", "_list", "items")
 
-    def __init__(self, items: tuple[Work, ...], count: int, listing: Callable[[], list[Work]] | None) -> None:
+    def __init__(self, items: tuple[Work, ...], decoding: Decoding, decodes: Decodes | None) -> None:
         self.items = items
-        self._count = count
-        self._listing = listing
+        self._decoding, self._decodes = decoding, decodes
         self._list: tuple[Work, ...] | None = None
 
     def listed(self) -> tuple[Work, ...]:
         """All items. Raises `RuntimeError` when nobody asked before the plan was committed."""
         if self._list is None:
-            if self._listing is None:
+            if self._decodes is None:
                 raise RuntimeError(
                     "the work of this plan wasn't listed before its commit; ask for it while it is in flight"
                 )
-            self._list = (*self._listing(), *self.items)
+            self._list = (*self._decodes.listing(self._decoding), *self.items)
         return self._list
 
     def close(self) -> None:
         """The plan is committed: what wasn't listed can't be any more."""
-        self._listing = None
+        self._decodes = None
 
     def __len__(self) -> int:
-        return self._count + len(self.items)
+        return self._decoding.seqs + len(self.items)
 
     @overload
     def __getitem__(self, index: int) -> Work: ...
@@ -255,4 +255,4 @@ class WorkList(Sequence[Work]):
         return hash(self.listed())
 
     def __repr__(self) -> str:
-        return f"WorkList({self._count} decodes, {self.items})"
+        return f"WorkList({self._decoding.seqs} decodes, {self.items})"

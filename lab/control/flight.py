@@ -48,7 +48,7 @@ def describe(core: EngineCore, plan: StepPlan, step: StepBuilder) -> InFlight:
     granted = step.granted
     prefill, decode, context = 0, plan.decodes.seqs, plan.decodes.context
     samples = decode
-    for live, work in zip(granted, plan.items, strict=True):
+    for live, work in zip(granted, plan.items, strict=True) if granted else ():
         samples += work.samples
         context += work.context
         if work.start >= live.prompt_tokens and work.tokens == 1:

@@ -167,7 +167,10 @@ MASK = (1 << 128) - 1
 """The sums of `chain` are taken modulo this plus one."""
 
 
-_SIZES, _HEAD = struct.Struct("<iqq?i").pack, struct.Struct("<qqq").pack
+_SIZES = struct.Struct("<iqq?i").pack
+_HEAD = struct.Struct("<qqq").pack
+_TAKEN = struct.Struct("<ii").pack
+_TAKEN_ONE = struct.Struct("<iii").pack
 
 
 def chain(
@@ -207,7 +210,10 @@ def chain(
     parts += ((marks & MASK).to_bytes(16, "little"), (starts & MASK).to_bytes(16, "little"))
     for request, ids in blocks:
         name = request.encode()
-        parts += (struct.pack("<ii", len(name), len(ids)), array("i", ids).tobytes(), name)
+        if len(ids) == 1:
+            parts += (_TAKEN_ONE(len(name), 1, ids[0]), name)
+        else:
+            parts += (_TAKEN(len(name), len(ids)), array("i", ids).tobytes(), name)
     if preempted or rejected or swap_out or swap_in or copies:
         for mark_, pairs in (("preempted", preempted), ("rejected", rejected)):
             for request, word in pairs:
@@ -220,6 +226,23 @@ def chain(
             f"\x1ecompact\x1f{gone.request}\x1f{gone.rule}\x1f{gone.recent}\x1f{gone.blocks}".encode()
         )
     return blake2b(previous.encode() + head + b"".join(parts), digest_size=16).hexdigest()
+
+
+def chain_decodes(
+    previous: str, index: int, decodes: Decoding, taken: Sequence[tuple[RequestId, tuple[BlockId, ...]]]
+) -> str:
+    """`chain` of a plan that is nothing but these decodes, with the block that some have `taken`."""
+    parts = [
+        previous.encode(),
+        _HEAD(index, decodes.seqs, 0),
+        (decodes.marks & MASK).to_bytes(16, "little"),
+        (decodes.starts & MASK).to_bytes(16, "little"),
+    ]
+    for request, ids in taken:
+        name = request.encode()
+        parts.append(_TAKEN_ONE(len(name), 1, ids[0]))
+        parts.append(name)
+    return blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def digest_of(previous: str, plan: StepPlan) -> str:

@@ -41,7 +41,9 @@ def carry_out(core: EngineCore, flight: InFlight, result: StepResult, now: int) 
     if plan.decodes.seqs:
         _advance(core, plan, now)
         tokens = iter(result.tokens[plan.decodes.seqs :])
-    work = list(zip(flight.work, plan.items, strict=True)) if flight.work else []
+    work: list[tuple[LiveRequest, Work]] = []
+    if flight.work:
+        work = list(zip(flight.work, plan.items, strict=True))
     if flight.together:
         # All of them have their token before any of them ends, as where they are kept as sums.
         received = [

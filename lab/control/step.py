@@ -99,6 +99,7 @@ class StepBuilder:
         self._compression = compression
         self.running, self.waiting = _Views(running), _Views(waiting)
         self.decodes = decodes
+        self._forget()
         self.begin(0, 0, "")
 
     def begin(self, index: int, now: int, paused: str) -> None:
@@ -108,12 +109,16 @@ class StepBuilder:
         self.work: list[Work] = []
         self.granted: list[LiveRequest] = []
         self.admitted: list[LiveRequest] = []
-        self.preempted: list[tuple[LiveRequest, How]] = []
-        self.rejected: list[tuple[LiveRequest, str]] = []
         self.decoding = NO_DECODES
         self.together: list[LiveRequest] = []
         """Those granted by `run_decodes`, where requests are touched one by one: the first of `granted`."""
         self.repeats, self.repeats_past_ends = 0, False
+        if self.preempted or self.rejected or self.moved:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.preempted: list[tuple[LiveRequest, How]] = []
+        self.rejected: list[tuple[LiveRequest, str]] = []
         self.swap_out: list[Move] = []
         self.swap_in: list[Move] = []
         self.compactions: list[Compaction] = []

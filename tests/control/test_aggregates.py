@@ -12,7 +12,7 @@ import pytest
 from lab import plugins
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
-from lab.control.observer import RequestRecord, StepRecord
+from lab.control.observer import Observer, RequestRecord, StepRecord
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, chain
 from lab.control.request import Prompt, Request, SamplingParams, Segment, stream_of
 from lab.control.step import Limits, StepBuilder
@@ -187,10 +187,10 @@ def test_the_pools_own_order_of_release_is_lru() -> None:
 
 
 def test_a_step_of_decodes_is_not_listed_unless_somebody_asks() -> None:
-    core = EngineCore(
-        plugins.create("policy", "fcfs"), Lru(), capacity=Capacity(100), limits=Limits(64, 8), aggregate=True
-    )
-    core._observer.wants_work = False
+    observer = Observer()
+    observer.wants_work = False
+    policy, limits = plugins.create("policy", "fcfs"), Limits(64, 8)
+    core = EngineCore(policy, Lru(), capacity=Capacity(100), limits=limits, observer=observer, aggregate=True)
     core.add(request("a", 20, 5), 0)
     core.add(request("b", 20, 7), 0)
     plan = core.plan(0)

@@ -151,7 +151,7 @@ def test_a_promise_ends_with_an_arrival_and_an_abort() -> None:
     from tests.control.harness import engine, request
 
     core, _ = engine(aggregate=True)
-    core._observer.wants_work = False
+    core._wants_work = False
 
     def price(decodes: Decoding) -> StepTiming:
         return StepTiming(0, 0, 10, 0, 0)
