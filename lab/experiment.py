@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lab import plugins, ranks
 from lab.assembly import EngineSpec
-from lab.config import Config
+from lab.config import Config, sampling
 from lab.control.request import stream_of
 from lab.errors import DiptychError, RunError
 
@@ -134,12 +134,11 @@ def _export(cfg: Config, finished: Mapping[str, Ran]) -> None:
 
 def workload(cfg: Config) -> tuple[list[Request], dict[str, Any]]:
     """The requests that the configuration asks for, in order of arrival, and where they come from."""
-    from lab import config
+    from lab.choices import trace_options, traces
 
-    entry = config.traces()[cfg.trace.name]
-    loaded = entry.load(cfg.trace.name, config.trace_options(cfg))
-    sampling = config.sampling(cfg)
-    found = [_completed(request, cfg, sampling) for request in loaded.requests]
+    loaded = traces()[cfg.trace.name].load(cfg.trace.name, trace_options(cfg))
+    drawn = sampling(cfg)
+    found = [_completed(request, cfg, drawn) for request in loaded.requests]
     return found, {"trace": loaded.name, **loaded.source}
 
 

@@ -49,7 +49,7 @@ class Side:
     identity: str | None = None
     """What names the workload in place of its content, where requests are made as they are needed."""
     record: str = "everything"
-    """How much is kept of the run (`lab.config.RECORD`)."""
+    """How much is kept of the run (`run.record`)."""
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from lab import plugins
-from lab.config import Config, StudyConfig, choice_schema, validate
+from lab.choices import choice_schema
+from lab.config import Config, StudyConfig
 from lab.console import Console
 from lab.errors import ConfigError, DiptychError
 from lab.observe import claim
+from lab.validation import validate
 
 STOP_S = 10.0
 """How long a worker may take to write down what it has when it is stopped."""

@@ -1,6 +1,6 @@
 """The text of `--help`: every choice with a line about it, every option with its default. Observation path.
 
-Written from the schemas in `lab/config.py`, without Hydra and without importing plug-ins that aren't chosen.
+Written from `lab/config.py` and `lab/choices.py`, without Hydra and without importing plug-ins that aren't chosen.
 """
 
 from __future__ import annotations
@@ -15,19 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lab import plugins
-from lab.config import (
-    COSTS,
-    DEFAULT_TRACE,
-    MODELS,
-    REQUIRED,
-    SEAMS,
-    Choice,
-    Config,
-    StudyConfig,
-    choice_schema,
-    traces,
-)
+from lab.choices import COSTS, DEFAULT_TRACE, MODELS, Choice, choice_schema, traces
+from lab.config import SEAMS, Config, StudyConfig
 from lab.errors import DiptychError
+from lab.options import REQUIRED
 from lab.topology import TOPOLOGIES, GroupConfig, LinkConfig
 
 _ABOUT = {

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lab import plugins, ranks, topology
 from lab.assembly import ControlPlane, EngineSpec
 from lab.backend import Backend, Progress, kv_blocks
-from lab.config import MOST_BLOCKS, SHAPED, Config, MechanismsConfig, cache_dir
+from lab.choices import SHAPED
+from lab.config import MOST_BLOCKS, Config, MechanismsConfig, cache_dir
 from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId

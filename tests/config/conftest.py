@@ -17,7 +17,7 @@ import sys
 from lab.cli import main
 
 def run(cfg):
-    from lab.config import params
+    from lab.choices import params
 {body}
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from lab import compose, config
 from lab.errors import ConfigError
+from lab.validation import validate
 
 VALUES = {
     "seed": st.integers(0, 2**31),
@@ -39,7 +40,7 @@ def words(values: dict[str, object]) -> list[str]:
 def test_typed_values_arrive_and_survive_the_file(values: dict[str, object]) -> None:
     with compose.composer() as composer:
         cfg = composer.config(words(values))
-    config.validate(cfg)
+    validate(cfg)
     for key, value in values.items():
         found = cfg
         for part in (f"{key}.name" if key in compose.GROUPS else key).split("."):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lab import config, plugins
+from lab import choices, plugins
 from lab.errors import ConfigError, PolicyError, UnknownNameError
 from lab.policy import SchedulingPolicy
 
@@ -138,13 +138,13 @@ class Shaped(SchedulingPolicy):
 def test_the_schema_of_a_plug_in_is_its_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugins.parameters(Shaped)["a"] == (int, inspect.Parameter.empty)
     monkeypatch.setattr(plugins, "load", lambda kind, name: Shaped)
-    schema = config.choice_schema("policy", "shaped")
+    schema = choices.choice_schema("policy", "shaped")
     one: Any = schema()
     two: Any = schema()
     assert (one.name, one.a, one.b, one.c, one.d, one.e, one.f) == ("shaped", "???", 1, None, "x", [1], None)
     one.e.append(2)
     assert two.e == [1]
-    assert list(config.params(two)) == ["a", "b", "c", "d", "e", "f"]
+    assert list(choices.params(two)) == ["a", "b", "c", "d", "e", "f"]
 
 
 TWO = "from policies.eviction.lru import Lru\n" + SOURCE + "\nclass Old(Lru):\n    pass\n"

@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 
 from lab import compose, plugins, studies
-from lab.config import validate
 from lab.experiment import main
 from lab.observe.claim import partial_reason
+from lab.validation import validate
 from tests.experiment.command import ROOT, environment, run
 
 MINI = """# @package _global_

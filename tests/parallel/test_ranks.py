@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.config import Config, EngineConfig, KvConfig, ModelConfig, validate
+from lab.config import Config, EngineConfig, KvConfig, ModelConfig
 from lab.console import Console
 from lab.control.core import EngineCore
 from lab.control.plan import GENESIS, StepPlan, StepResult, Work
@@ -20,6 +20,7 @@ from lab.control.request import Prompt, Request, SamplingParams, Segment
 from lab.control.step import Limits
 from lab.errors import ConfigError, ExecutorError
 from lab.policy import Step
+from lab.validation import validate
 from policies.eviction.lru import Lru
 from policies.scheduling.fcfs import Fcfs
 from real_engine.backend import build

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lab import config
 from lab.analysis.runs import load
 from lab.compose import composer
 from lab.control.plan import TERMS
 from lab.experiment import experiment
+from lab.validation import validate
 from sim.cost.terms import StepCost
 
 WORDS = [
@@ -28,7 +28,7 @@ def test_terms_are_those_of_the_cost_model() -> None:
 def test_terms_add_up_to_the_step(layout: str, tmp_path: Path) -> None:
     with composer() as composing:
         cfg = composing.config([*WORDS, f"topology={layout}", f"run.dir={tmp_path / 'run'}"])
-    config.validate(cfg)
+    validate(cfg)
     experiment(cfg)
     run = load(tmp_path / "run")
     steps = run.step_records()

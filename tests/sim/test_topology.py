@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import compose, config, topology
+from lab import compose, topology
 from lab.analysis.runs import load
 from lab.assembly import EngineSpec
 from lab.config import Config
@@ -20,6 +20,7 @@ from lab.console import Console
 from lab.control.plan import Decoding
 from lab.errors import DiptychError
 from lab.experiment import experiment
+from lab.validation import validate
 from sim import hardware
 from sim.backend import SimBackend, open_backend
 from sim.cost.physical import Parallel, PhysicalCost
@@ -39,7 +40,7 @@ def composed() -> Iterator[Composed]:
 
         def made(*words: str) -> Config:
             cfg = composer.config(list(words))
-            config.validate(cfg)
+            validate(cfg)
             return cfg
 
         yield made

@@ -22,11 +22,12 @@ from experiments.benchmarks.fidelity.workloads import Named, catalogue, offered
 from lab import plugins
 from lab.analysis.runs import Run, load
 from lab.assembly import EngineSpec
-from lab.config import Config, validate
+from lab.config import Config
 from lab.console import Console
 from lab.control.request import Request
 from lab.control.step import Limits
 from lab.session import Side, run_side
+from lab.validation import validate
 from sim.bench import Bench
 from sim.calibrate import Measured, fit
 from sim.calibrate import measure as grid_of
