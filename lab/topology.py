@@ -33,7 +33,8 @@ class GroupConfig:
     pp: int | None = _option(None, "runs of layers; null: cost.pipeline_parallel")
     microbatches: int | None = _option(None, "parts a batch is cut into; null: cost.microbatches")
     ep: int | None = _option(
-        None, "devices that share out the experts, each with requests of its own; null: 1"
+        None,
+        "devices that share out the experts; beyond tp, groups of tp have requests of their own; null: 1",
     )
     imbalance: float = _option(1.0, "ep: work of the busiest device's experts over the mean")
 
@@ -74,6 +75,10 @@ TOPOLOGIES: Mapping[str, tuple[str, TopologyConfig]] = types.MappingProxyType(
         "dp4": ("4 replicas", _alike("dp4", count=4)),
         "tp2_dp2": ("2 replicas of 2 devices", _alike("tp2_dp2", count=2, tp=2)),
         "ep8": ("one replica on 8 devices that share out the experts", _alike("ep8", ep=8)),
+        "tp8_ep8": (
+            "one replica on 8 devices: each layer shared by all, but for its experts, whole on one each",
+            _alike("tp8_ep8", tp=8, ep=8),
+        ),
         "pd_1p1d": (
             "1 replica for prompts, 1 for what follows",
             _split("pd_1p1d", GroupConfig(), GroupConfig()),

@@ -184,6 +184,14 @@ class ModelShape:
         return linear * self.weight_width + (self.parameters - linear) * self.width
 
     @property
+    def expert_bytes(self) -> float:
+        """Of that, experts which only some tokens meet."""
+        if self.mixture is None:
+            return 0.0
+        sparse = sum(kind.count for kind in self.kinds if kind.sparse)
+        return sparse * self.mixture.count * self.expert_linear * self.weight_width
+
+    @property
     def kv_layer_bytes(self) -> float:
         """KV of one token in one layer."""
         values = 2 * self.kv_heads * self.head_dim if self.mla is None else self.mla.kv_rank + self.mla.rope

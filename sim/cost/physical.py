@@ -65,20 +65,40 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
 @dataclass(frozen=True, slots=True)
 class Parallel:
     """How a model is laid over devices: shares of each layer, runs of layers, and parts a batch is cut into so that
-    the runs have something to do at once."""
+    the runs have something to do at once.
+
+    Experts can lie another way than the rest of their layer. With more devices for experts than share a layer, groups
+    of `tensor` devices each serve their own part of the requests (attention data parallel); with fewer, each expert is
+    cut too.
+    """
 
     tensor: int = 1
+    """Devices that share each layer: attention, dense blocks, shared experts and the head."""
     pipeline: int = 1
     microbatches: int = 1
     expert: int = 1
-    """Devices that share out the experts of each layer whole; every one serves its own part of the requests, with
-    weights of its own for all else."""
+    """Parts that the experts of each layer are shared out in, each expert whole in one of them."""
     imbalance: float = 1.0
     """Of the experts' work, the busiest device's share over the mean."""
 
     @property
+    def stage(self) -> int:
+        """Devices that have the same layers."""
+        return max(self.tensor, self.expert)
+
+    @property
     def devices(self) -> int:
-        return self.tensor * self.pipeline * self.expert
+        return self.stage * self.pipeline
+
+    @property
+    def groups(self) -> int:
+        """Of `tensor` devices each, with requests of their own, and weights of their own for all but the experts."""
+        return self.stage // self.tensor
+
+    @property
+    def expert_cut(self) -> int:
+        """Devices that share one expert."""
+        return self.stage // self.expert
 
     def check(self, shape: ModelShape) -> None:
         """Raises `ConfigError` where the model can't be cut like that."""
@@ -101,30 +121,34 @@ class Parallel:
                 f"experts are shared out over {self.expert} devices, and {shape.name} has {count or 'no'} experts; "
                 "expected a divisor of their number."
             )
-        if self.tensor * self.pipeline > 1:
+        if self.stage % self.tensor or self.stage % self.expert:
             raise ConfigError(
-                f"experts are shared out over {self.expert} devices; expected tp=1 and pp=1 beside ep, not "
-                f"{self.tensor} and {self.pipeline}."
+                f"experts are shared out over {self.expert} devices where {self.tensor} share each layer; expected ep "
+                "to be a multiple or a divisor of tp."
+            )
+        if shape.mixture and shape.mixture.size % self.expert_cut:
+            raise ConfigError(
+                f"each expert of {shape.name} would be cut in {self.expert_cut} parts (tp={self.tensor} over "
+                f"ep={self.expert}), and is {shape.mixture.size} wide; expected a divisor of that."
             )
 
     def weight_bytes(self, shape: ModelShape) -> float:
         """What each device holds of the weights."""
         if self.expert == 1:
             return shape.weight_bytes / self.devices
-        sparse = sum(kind.count for kind in shape.kinds if kind.sparse)
-        experts = (
-            sparse * (shape.mixture.count if shape.mixture else 0) * shape.expert_linear * shape.weight_width
-        )
-        return shape.weight_bytes - experts * (1 - 1 / self.expert)
+        experts = shape.expert_bytes
+        return (shape.weight_bytes - experts) / (self.tensor * self.pipeline) + experts / self.devices
 
-    def kv_share(self, shape: ModelShape) -> float:
-        """Of a layer's KV, what each of its devices holds: heads can't be cut, and a latent vector is everybody's.
-        Where devices serve requests of their own, each holds its own ones'."""
-        if self.expert > 1:
-            return 1 / self.expert
+    def head_share(self, shape: ModelShape) -> float:
+        """Of one request's KV in a layer, what each device of its group holds: heads can't be cut, and a latent vector
+        is everybody's."""
         if shape.mla is not None:
             return 1.0
         return -(-shape.kv_heads // self.tensor) / shape.kv_heads
+
+    def kv_share(self, shape: ModelShape) -> float:
+        """The same of all requests' KV: groups that serve requests of their own hold theirs alone."""
+        return self.head_share(shape) / self.groups
 
 
 ALONE = Parallel()
@@ -159,11 +183,15 @@ class PhysicalCost:
         """Seconds of arithmetic a row, and seconds of reading."""
         per_token = shape.mixture.per_token if shape.mixture else 0
         experts = sparse * shape.expert_linear
-        self._experts = (2 * experts * per_token / tensor / flops, experts * width / self._weights_s)
+        cut = parallel.expert_cut
+        self._experts = (
+            2 * experts * per_token / cut / flops,
+            experts * (shape.weight_width / cut) / self._weights_s,
+        )
         """The same; reading is for one expert of each layer."""
         head = shape.head_linear / tensor
         self._head = (2 * head / self._flops_s, head * shape.width / self._weights_s)
-        share = 1.0 if parallel.expert > 1 else parallel.kv_share(shape)  # of a request, what a device reads
+        share = parallel.head_share(shape)
         self._pair_s = shape.pair_flops / tensor / self._flops_s
         self._key_s = shape.kv_layer_bytes * share / self._kv_s
         self.token_s = max(self._pair_s, self._key_s)
@@ -172,6 +200,7 @@ class PhysicalCost:
         self._rounds = (parallel.microbatches + parallel.pipeline - 1) * stage
         """How often all layers' time passes in a step, for one microbatch."""
         self._tensor_link = self._link_for(tensor)
+        self._expert_link = self._link_for(parallel.stage)
         self._stage_link = self._link_for(parallel.devices)
 
     def _link_for(self, devices: int) -> Link:
@@ -199,11 +228,9 @@ class PhysicalCost:
         if not rows:
             return StepCost()
         attention, kv_read = self.attention(decodes, items)
-        microbatches, expert = self.parallel.microbatches, self.parallel.expert
-        if expert > 1:  # requests are shared out evenly
-            attention, kv_read, seqs_each = attention / expert, kv_read / expert, -(-seqs // expert)
-        else:
-            seqs_each = seqs
+        microbatches, groups = self.parallel.microbatches, self.parallel.groups
+        # Requests are shared out evenly.
+        attention, kv_read, seqs_each = attention / groups, kv_read / groups, -(-seqs // groups)
         weights = self.linear(self.padded(rows) / microbatches) * self._rounds
         weights += self.head(seqs_each / microbatches) * microbatches
         ratio = self._rounds / microbatches
@@ -227,10 +254,10 @@ class PhysicalCost:
 
     def linear(self, rows: float) -> float:
         """All linear layers, for this many tokens."""
-        return self.dense_time(rows / self.parallel.expert) + self.expert_time(rows)
+        return self.dense_time(rows / self.parallel.groups) + self.expert_time(rows)
 
     def dense_time(self, rows: float) -> float:
-        """The same but for the experts."""
+        """The same but for the experts, of one group's tokens."""
         per_row, reading = self._dense
         return max(rows * per_row, reading)
 
@@ -271,24 +298,32 @@ class PhysicalCost:
         return max(pairs * self._pair_s, keys * self._key_s)
 
     def collectives(self, rows: int, seqs: int) -> float:
-        """All-reduces after attention and feed-forward of every layer, the head's gather, and passing on to the next
-        stage."""
+        """Waiting for other devices: those that share each layer, the next stage, and those that hold experts.
+
+        All-reduces follow attention and feed-forward of every layer; the head's logits are gathered. Where groups have
+        requests of their own, tokens go to the devices of their experts and back (two all-to-alls); before that, each
+        device of a group keeps its part of the tokens (a reduce-scatter), and afterwards it gets the others' (an
+        all-gather): together one all-reduce.
+        """
         shape, parallel = self.shape, self.parallel
-        hidden, width, tensor = shape.hidden, shape.width, parallel.tensor
+        hidden, width, groups = shape.hidden, shape.width, parallel.groups
         launch = self.launch_s
         took = 0.0
         part = rows / parallel.microbatches
-        if tensor > 1:
-            each = launch + self.reduce_s(part * hidden * width)
-            gather = launch + self.reduce_s(seqs * shape.vocab * width / 2)
-            took += 2 * shape.layers * self._rounds * each + gather
+        own = part / groups
+        apart = sum(kind.count for kind in shape.kinds if kind.sparse) if groups > 1 else 0
+        if parallel.tensor > 1:
+            moved = self.reduce_s(own * hidden * width)
+            gather = launch + self.reduce_s(-(-seqs // groups) * shape.vocab * width / 2)
+            took += 2 * (shape.layers - apart) * self._rounds * (launch + moved) + gather
+            took += apart * self._rounds * (2 * launch + moved)
         if parallel.pipeline > 1:
             link = self._stage_link
             sends = parallel.microbatches + parallel.pipeline - 2
-            took += sends * (max(launch, link.latency_s) + part * hidden * width / link.bytes_s)
-        if parallel.expert > 1:
-            sparse = sum(kind.count for kind in shape.kinds if kind.sparse)
-            took += 2 * sparse * (max(launch, self._stage_link.latency_s) + self.dispatch_s(rows))
+            took += sends * (max(launch, link.latency_s) + own * hidden * width / link.bytes_s)
+        if apart:
+            each = max(launch, self._expert_link.latency_s) + self.dispatch_s(part)
+            took += 2 * apart * self._rounds * each
         return took
 
     def dispatch_bytes(self, rows: float) -> float:
@@ -303,7 +338,7 @@ class PhysicalCost:
     def dispatch_s(self, rows: float) -> float:
         """One all-to-all: as long as the busiest device's."""
         busiest = self.dispatch_bytes(rows) * self.parallel.imbalance
-        return busiest / (self._stage_link.bytes_s * self.coefficients.link)
+        return busiest / (self._expert_link.bytes_s * self.coefficients.link)
 
     @property
     def launch_s(self) -> float:

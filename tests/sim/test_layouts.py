@@ -11,7 +11,9 @@ from lab.errors import ConfigError
 from lab.observe.metrics import Power, summarise
 from lab.observe.recorder import Recorder
 from sim import hardware, model_shape
+from sim.capacity import blocks_that_fit, largest_step
 from sim.cost.physical import MEASURED, PERFECT, Parallel, PhysicalCost
+from sim.model_shape import Mixture, ModelShape
 from sim.moves import Failure
 from tests.policies.fleets import MS
 from tests.sim.test_moves import serve, workload
@@ -106,8 +108,135 @@ def test_each_device_holds_its_experts_and_all_of_the_rest() -> None:
     for wrong, said in ((LLAMA, "has no experts"), (replace(QWEN, name="q"), "128 experts")):
         with pytest.raises(ConfigError, match=said):
             Parallel(expert=7).check(wrong)
-    with pytest.raises(ConfigError, match="tp=1 and pp=1"):
-        Parallel(2, expert=8).check(QWEN)
+    with pytest.raises(ConfigError, match="multiple or a divisor of tp"):
+        Parallel(2, expert=3).check(reshaped(count=24))
+    with pytest.raises(ConfigError, match="cut in 16 parts"):
+        Parallel(32, expert=2).check(reshaped(size=776))
+    Parallel(32, expert=2).check(QWEN)
+
+
+def reshaped(count: int = 128, size: int = 768) -> ModelShape:
+    return replace(QWEN, mixture=Mixture(count, 8, size))
+
+
+LAYOUTS = [
+    Parallel(8, expert=8),
+    Parallel(2, expert=8),
+    Parallel(4, expert=2),
+    Parallel(4, 3, 2, 4),
+    Parallel(2, 2, 3, 4),
+    Parallel(1, 4, 1, 2),
+]
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "deepseek-v2-lite"])
+@pytest.mark.parametrize("laid", LAYOUTS, ids=str)
+def test_devices_together_hold_the_model_and_what_groups_have_each(laid: Parallel, model: str) -> None:
+    shape = model_shape.load(model)
+    stage = max(laid.tensor, laid.expert)
+    assert laid.devices == stage * laid.pipeline
+    groups = stage // laid.tensor
+    sparse = sum(kind.count for kind in shape.kinds if kind.sparse)
+    assert shape.mixture is not None
+    experts = sparse * shape.mixture.count * 3 * shape.hidden * shape.mixture.size * 2
+    assert laid.weight_bytes(shape) * laid.devices == pytest.approx(
+        experts + groups * (shape.weight_bytes - experts), rel=1e-12
+    )
+    copies = laid.tensor if shape.mla else max(laid.tensor // shape.kv_heads, 1)
+    assert laid.kv_share(shape) * stage == pytest.approx(copies)
+
+
+def test_room_for_kv_follows_from_what_a_device_holds_of_weights_and_of_each_block() -> None:
+    words = {"utilization": 0.9, "block_size": 16, "token_budget": 512, "max_seqs": 64, "reserved_gib": 1.0}
+    laid = Parallel(2, 2, 1, 8)  # 4 groups of 2, over two stages of 24 layers
+    found = blocks_that_fit(QWEN, H100, parallel=laid, **words)  # type: ignore[arg-type]
+    experts = 48 * 128 * 3 * 2048 * 768 * 2
+    weights = (QWEN.weight_bytes - experts) / 4 + experts / 16
+    free = H100.memory_bytes * 0.9 - weights - largest_step(QWEN, 512, 64, 2) - (1 << 30)
+    of_four_requests = (
+        16 * 24 * 2 * 2 * 128 * 2
+    )  # one block each: tokens, layers, K and V, 2 of 4 heads, bytes
+    assert found == int(free // (of_four_requests / 4))
+
+
+@pytest.mark.parametrize(("tensor", "stages", "parts"), [(8, 1, 1), (8, 2, 3), (4, 1, 1)])
+def test_experts_on_the_devices_that_share_a_layer_wait_for_all_reduces_alone(
+    tensor: int, stages: int, parts: int
+) -> None:
+    """tp = ep: every device has all tokens, computes its own experts' share of them, and sums are reduced."""
+    batch = Decoding(8, 8 * 900, 900), (Work("r", 120, 8, False),)
+    laid = PhysicalCost(QWEN, H100, BARE, Parallel(tensor, stages, parts, tensor))
+    plain = PhysicalCost(QWEN, H100, BARE, Parallel(tensor, stages, parts))
+    one, other = laid.cost_of(*batch), plain.cost_of(*batch)
+    assert (one.attention, one.kv_read, one.collectives, one.host) == (
+        other.attention, other.kv_read, other.collectives, other.host,
+    )  # fmt: skip
+    assert one.weights == pytest.approx(other.weights, rel=1e-12)  # 128 / n whole ones, or 128 n-th parts
+    skewed = PhysicalCost(QWEN, H100, BARE, Parallel(tensor, stages, parts, tensor, 1.5))
+    rows = 16 / parts
+    turns = (parts + stages - 1) / stages
+    more = 0.5 * PhysicalCost(QWEN, H100, BARE).expert_time(rows) / tensor * turns
+    assert skewed.cost_of(*batch).weights - one.weights == pytest.approx(more, rel=1e-9)
+
+
+@pytest.mark.parametrize(("tensor", "expert", "stages", "parts"), [(2, 8, 1, 1), (2, 8, 2, 3), (1, 4, 4, 2)])
+def test_groups_of_devices_with_requests_of_their_own_by_hand(
+    tensor: int, expert: int, stages: int, parts: int
+) -> None:
+    rows = 96
+    laid = PhysicalCost(QWEN, H100, BARE, Parallel(tensor, stages, parts, expert))
+    one = PhysicalCost(QWEN, H100, BARE)
+    groups = expert // tensor
+    turns = (parts + stages - 1) / stages  # how often all layers' time passes, for one microbatch
+    c, peak, memory = BARE, H100.peak("bfloat16"), H100.memory_bytes_s
+    part = rows / parts
+
+    dense = QWEN.attention_linear + QWEN.always_linear
+    row, read = 2 * dense / tensor / (peak * c.mfu), dense * 2 / tensor / (memory * c.weight_read)
+    each = QWEN.expert_linear
+    touched = 128 * (1 - (1 - 8 / 128) ** part) / expert
+    sparse = max(2 * each * 8 * part / expert / (peak * c.mfu), touched * each * 2 / (memory * c.weight_read))
+    head = 151936 * 2048 * 2 / tensor
+    seqs = rows // groups / parts
+    logits = parts * max(seqs * head / (peak * c.mfu), head / (memory * c.weight_read))
+    cost = laid.cost_of(Decoding(rows, 0, 0), ())
+    layers = 48 * turns * (max(part / groups * row, read) + sparse)
+    assert cost.weights == pytest.approx(layers + logits, rel=1e-12)
+
+    launch, ring = 8.8e-6, 1 / c.link / 450e9
+    size = part / groups * 2048 * 2
+    wait = 0.0
+    if tensor > 1:  # a reduce-scatter and an all-gather: each half of an all-reduce
+        wait += 48 * turns * (2 * launch + size * ring) + launch + rows / groups * 151936 * 2 / 2 * ring
+    sent = part / expert * 8 * (expert - 1) / expert * 2048 * 2
+    link = H100.link if expert * stages <= 8 else H100.network
+    wait += 2 * 48 * turns * (launch + sent / (450e9 * c.link))
+    wait += (parts + stages - 2) * (max(launch, link.latency_s) + size / link.bytes_s)
+    assert cost.collectives == pytest.approx(wait, rel=1e-12)
+
+    batch = Decoding(rows, rows * 900, 900), (Work("r", 64, 128, False),)
+    mine, all_of_it = (model.cost_of(*batch) for model in (laid, one))
+    share = groups * parts / (parts + stages - 1) * stages
+    assert mine.kv_read == pytest.approx(all_of_it.kv_read / tensor / share, rel=1e-12)
+    assert mine.attention == pytest.approx(all_of_it.attention / tensor / share, rel=1e-12)
+
+
+def test_dense_layers_beside_sparse_ones_are_reduced_as_usual() -> None:
+    shape = model_shape.load("deepseek-v2-lite")  # 27 layers, the first of them dense
+    rows = 64
+    laid = PhysicalCost(shape, H100, BARE, Parallel(2, expert=8))
+    ring = 1 / BARE.link / 450e9
+    size = rows / 4 * shape.hidden * 2
+    wait = 2 * (8.8e-6 + size * ring) + 26 * (2 * 8.8e-6 + size * ring)
+    wait += 8.8e-6 + rows / 4 * shape.vocab * 2 / 2 * ring
+    wait += 2 * 26 * (8.8e-6 + rows / 8 * 6 * 7 / 8 * shape.hidden * 2 * ring)
+    assert laid.cost_of(Decoding(rows, 0, 0), ()).collectives == pytest.approx(wait, rel=1e-12)
+
+
+def test_experts_reach_over_the_network_where_a_stage_is_larger_than_a_node() -> None:
+    for expert, link in ((8, H100.link), (16, H100.network)):
+        laid = PhysicalCost(QWEN, H100, BARE, Parallel(2, 2, 1, expert))
+        assert laid.dispatch_s(64) == pytest.approx(laid.dispatch_bytes(64) / (link.bytes_s * BARE.link))
 
 
 # -- what it costs -------------------------------------------------------------------------------------------

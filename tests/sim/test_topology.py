@@ -91,6 +91,10 @@ def test_what_a_group_says_of_its_devices_reaches_their_costs(opened: Opened) ->
     assert costs(opened("topology=pp2"))[0].parallel == Parallel(pipeline=2, microbatches=2)
     words = "cost.model=qwen3-30b-a3b", "topology=ep8", "topology.groups.replica.imbalance=1.5"
     assert costs(opened(*words))[0].parallel == Parallel(expert=8, imbalance=1.5)
+    words = "cost.model=qwen3-30b-a3b", "topology=tp8_ep8", "topology.groups.replica.tp=2"
+    found = opened(*words, "topology.groups.replica.pp=2")
+    assert costs(found)[0].parallel == Parallel(2, 2, expert=8)
+    assert found.power[0].devices == 16
 
 
 def test_kv_moves_at_the_pace_of_the_slower_end(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +196,19 @@ def test_the_best_step_size_is_another_on_another_topology(composed: Composed, t
         (["topology=pd_1p1d", "topology.groups.decode.role=prefill"], "none for decode"),
         (["topology=pd_1p1d", "topology.groups.decode.role=mixed"], "none for decode"),
         (["topology=ep8", "topology.groups.replica.imbalance=0.9"], "imbalance is 0.9; expected a finite"),
+        (
+            [
+                "topology=ep8",
+                "cost.model=qwen3-30b-a3b",
+                *(f"topology.groups.replica.{x}" for x in ("tp=32", "pp=49")),
+            ],
+            "has 48 layers",
+        ),
+        (
+            ["topology=tp8_ep8", "cost.model=mixtral-8x7b", "topology.groups.replica.ep=3"],
+            "over 3 devices, and mixtral-8x7b has 8 experts",
+        ),
+        (["topology=tp8_ep8"], "llama-3.1-8b has no experts"),
         (["topology=pd_1p1d", "topology.link.latency_us=-1"], "topology.link.latency_us is -1.0"),
         (["topology=pd_1p1d", "cost=reference"], "topology.link needs gb_s and latency_us"),
         (["topology=hetero"], "leave all replicas but one idle"),
