@@ -16,6 +16,7 @@ from lab.cli import guarded
 from lab.config import Config, cache_dir
 from lab.diagnosis import Diagnose, Finding
 from lab.errors import DiptychError
+from lab.shipped import KINDS
 
 NEEDED = ("hydra-core", "omegaconf", "simpy", "numpy", "pandas", "pyarrow", "opentelemetry-sdk", "rich")
 ENGINE = ("torch", "transformers", "tokenizers", "safetensors", "gguf")
@@ -49,7 +50,7 @@ def examine() -> list[Finding]:
     )
     found.append(Finding(True if compiled.in_use() else None, "control plane", fast))
     found.append(_writable(cache_dir(Config(), os.environ)))
-    return found + [_plugin(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
+    return found + [_plugin(kind, name) for kind in KINDS for name in plugins.names(kind)]
 
 
 def main() -> int:
@@ -90,7 +91,7 @@ def _plugin(kind: str, name: str) -> Finding:
         return Finding(None, what, "not tried: the engine's packages are missing")
     try:
         found = plugins.load_object(kind, name)
-        if plugins.KINDS[kind].base is not None:
+        if KINDS[kind].base is not None:
             found = plugins.load(kind, name)
     except DiptychError as error:
         return Finding(False, what, str(error))

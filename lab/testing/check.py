@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab import plugins
+from lab import importing, plugins
 from lab.errors import ConfigError, DiptychError, PolicyError, UnknownNameError
 from lab.testing.cases import Ask, Case, engine_situations, fleet_situations
 from lab.testing.fleet import play_fleet
@@ -160,7 +160,7 @@ def _resolved(policy: Policy, kind: str) -> tuple[Callable[[], Any], str, str, s
 
 def _dotted(cls: type) -> str:
     said = plugins.provenance(cls)
-    return said if plugins.is_loose(cls) else f"{cls.__module__}:{cls.__qualname__}"
+    return said if importing.is_loose(cls) else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _named(word: str, kind: str) -> tuple[str, type]:
@@ -171,9 +171,9 @@ def _named(word: str, kind: str) -> tuple[str, type]:
     if plugins.is_path(word):
         cls = plugins.load_any(word, tuple(KINDS.values()))
         return _kind_of(cls, ""), cls
-    there = [k for k in KINDS if k in plugins.KINDS and word in plugins.names(k)]
+    there = [k for k in KINDS if word in plugins.names(k)]
     if not there:
-        known = {name for k in KINDS if k in plugins.KINDS for name in plugins.names(k)}
+        known = {name for k in KINDS for name in plugins.names(k)}
         raise UnknownNameError("policy", word, known, "Or module:Class, ./file.py:Class.")
     if len(there) > 1:
         raise ConfigError(f"'{word}' is {' and '.join(KIND_WORDS[k] for k in there)}; say {there[0]}={word}.")

@@ -16,6 +16,7 @@ import pytest
 from lab import choices, plugins
 from lab.errors import ConfigError, PolicyError, UnknownNameError
 from lab.policy import SchedulingPolicy
+from lab.shipped import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +46,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 SOURCE = '''
 from lab.policy import SchedulingPolicy
+from lab.shipped import KINDS
 
 class Theirs(SchedulingPolicy):
     """Somebody else's idea."""
@@ -56,12 +58,12 @@ class Theirs(SchedulingPolicy):
 
 def test_built_in_table_equals_the_entry_points_of_the_distribution() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert declared == {kind.group: dict(kind.builtin) for kind in plugins.KINDS.values()}
+    assert declared == {kind.group: dict(kind.builtin) for kind in KINDS.values()}
 
 
-@pytest.mark.parametrize("kind", [kind for kind, spec in plugins.KINDS.items() if spec.base is not None])
+@pytest.mark.parametrize("kind", [kind for kind, spec in KINDS.items() if spec.base is not None])
 def test_every_built_in_loads_can_be_made_and_says_what_it_is(kind: str) -> None:
-    for name in plugins.KINDS[kind].builtin:
+    for name in KINDS[kind].builtin:
         made = plugins.create(kind, name)
         assert isinstance(made, plugins.load(kind, name))
         assert plugins.summary(kind, name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import plugins
 from lab.errors import ConfigError, PolicyError, UnknownNameError
+from lab.shipped import KINDS as SHIPPED
 from lab.testing import CONTRACTS, Ask, Case, Report, check_policy, replay
 from lab.testing.cases import engine_situations, fleet_situations
 from lab.testing.play import KINDS
@@ -204,7 +204,7 @@ def test_the_command_exits_with_1_when_a_contract_broke_and_with_2_for_a_wrong_w
 
 
 def shipped() -> Iterator[tuple[str, str]]:
-    for kind, spec in plugins.KINDS.items():
+    for kind, spec in SHIPPED.items():
         if spec.base is not None:
             for name in spec.builtin:
                 yield kind, name
