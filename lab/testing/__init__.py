@@ -11,7 +11,8 @@ with the policy's own line and the smallest workload that does it. Needs Hypothe
 """
 
 from lab.testing.cases import Ask, Case
-from lab.testing.check import Problem, Report, check_policy, replay
-from lab.testing.play import CONTRACTS
+from lab.testing.check import check_policy, replay
+from lab.testing.contracts import CONTRACTS
+from lab.testing.report import Problem, Report
 
 __all__ = ["CONTRACTS", "Ask", "Case", "Problem", "Report", "check_policy", "replay"]

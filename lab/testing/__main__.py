@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(words: list[str]) -> int:
     from lab.testing.check import check_policy
-    from lab.testing.play import KINDS
+    from lab.testing.contracts import KINDS
 
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)

@@ -16,7 +16,10 @@ from lab.control.request import Request
 from lab.errors import RequestRefused
 from lab.policy import Ended, FleetView, ReplicaView, Verdict
 from lab.testing.cases import MS, Case
-from lab.testing.play import Broken, Decided, Watch, engine, judged, watched
+from lab.testing.contracts import Broken
+from lab.testing.play import Decided, engine
+from lab.testing.standin import watched
+from lab.testing.watch import Watch, judged
 
 INTERVAL, COLD_START = 5, 12
 """Ticks between two looks of a scaling policy, and until a replica that it wants is ready."""

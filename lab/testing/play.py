@@ -1,303 +1,30 @@
-"""Plays a workload on a real engine core with the policy under test in it, and watches. Observation path.
+"""Plays a workload on a real engine core with the policy under test in it. Observation path.
 
-What a contract is stands in `CONTRACTS`; where one breaks, `play` raises `Broken`.
+Other parts are the plainest there are. The laws of the core are looked at after each half of a step; what is decided is
+returned, for a second play to be compared with.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import inspect
-import random
-import signal
-import sys
-import threading
-import traceback
-import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from lab import plugins
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
 from lab.control.observer import Observer, RequestRecord
 from lab.control.plan import StepPlan, StepResult, StepTiming
-from lab.control.request import Request, stream_of
+from lab.control.request import Request
 from lab.control.step import Limits
-from lab.errors import PolicyError, RequestRefused
-from lab.policy import (
-    NEVER,
-    AdmissionPolicy,
-    CompressionPolicy,
-    EvictionPolicy,
-    How,
-    LengthPredictor,
-    PreemptionPolicy,
-    RequestId,
-    RequestView,
-    RoutingPolicy,
-    ScalingPolicy,
-    SchedulingPolicy,
-    Shortage,
-    Step,
-)
+from lab.errors import RequestRefused
+from lab.policy import NEVER, How, RequestId, RequestView, SchedulingPolicy, Shortage, Step
 from lab.state.prefix import ContentChain
 from lab.testing.cases import MS, TOKEN_NS, Ask, Case
-
-KINDS: Mapping[str, type] = MappingProxyType(
-    {
-        "policy": SchedulingPolicy,
-        "eviction": EvictionPolicy,
-        "compression": CompressionPolicy,
-        "preemption": PreemptionPolicy,
-        "predictor": LengthPredictor,
-        "admission": AdmissionPolicy,
-        "routing": RoutingPolicy,
-        "scaling": ScalingPolicy,
-    }
-)
-"""What can be checked, by the name of its configuration group."""
-
-CONTRACTS: Mapping[str, str] = MappingProxyType(
-    {
-        "made": "a policy can be made without arguments: every parameter of __init__ has a default",
-        "raises": "no hook raises",
-        "hangs": "every hook returns",
-        "misuse": "the step is asked only for what is possible",
-        "candidates": "a victim is one of the candidates",
-        "progress": "every request ends: nothing waits for ever while it could be served",
-        "determinism": "the same workload gives the same decisions, in any process",
-        "views": "views are for reading only",
-        "budgets": "no step holds more than the limits allow",
-        "conservation": "every KV block is free, cached or held, and whoever ended holds none",
-        "answer": "a hook answers with the type and the range that lab/policy.py states",
-    }
-)
-
-HOOK_CPU_S = 0.5
-"""Processor time after which a hook is held to be in an endless loop."""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Broken(Exception):
-    """A contract broke: which, how, and where in the policy's source."""
-
-    def __init__(self, contract: str, says: str, where: str = "") -> None:
-        self.contract, self.says, self.where = contract, says, where
-        super().__init__(f"{contract}: {says}{f' ({where})' if where else ''}")
-
-
-class _Hung(BaseException):
-    """Not an `Exception`, so that no policy catches it."""
-
-
-@dataclass
-class Watch:
-    """What was seen of one policy object while it played."""
-
-    policy: Any
-    kind: str
-    hook: str = ""
-    """The one that is running, or ran last."""
-    most_waiting_read: int = 0
-    """The most waiting requests that one `schedule` walked through, and where."""
-    walked_at: str = ""
-    views: list[tuple[Any, tuple[Any, ...]]] = field(default_factory=list)
-
-    files: frozenset[str] = frozenset()
-    """Source files of the policy's class and of those it inherits from."""
-
-    def __post_init__(self) -> None:
-        self.files = _files(type(self.policy))
-
-    def place(self, error: BaseException) -> str:
-        """`file:line, in hook` of the innermost line of the policy's own; else where the hook is defined."""
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in self.files]
-        if frames:
-            own = inspect.getsourcefile(type(self.policy))
-            last = ([f for f in frames if f.filename == own] or frames)[-1]
-            return f"{shown(last.filename)}:{last.lineno}, in {last.name}"
-        return self.defined(self.hook)
-
-    def defined(self, hook: str) -> str:
-        code = getattr(getattr(type(self.policy), hook, None), "__code__", None)
-        return f"{shown(code.co_filename)}:{code.co_firstlineno}, {hook}" if code is not None else ""
-
-
-def _files(cls: type) -> frozenset[str]:
-    own = [base for base in cls.__mro__[:-1] if base not in KINDS.values() and base.__module__ in sys.modules]
-    return frozenset(getattr(sys.modules[base.__module__], "__file__", None) or "" for base in own) - {""}
-
-
-def shown(path: str) -> str:
-    """A path as short as it can be said from here."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
-
-
-@contextlib.contextmanager
-def judged(watch: Watch) -> Iterator[None]:
-    """Turn whatever escapes into `Broken`, and end what doesn't return."""
-    try:
-        with _time_limit():
-            yield
-    except Broken:
-        raise
-    except _Hung as error:
-        says = f"{watch.hook} didn't return within {HOOK_CPU_S:g} s of processor time"
-        raise Broken("hangs", says, watch.place(error)) from None
-    except AssertionError as error:
-        cause = watch.place(error) if _touches(watch, error) else ""
-        raise Broken("raises" if cause else "conservation", f"{error}", cause) from error
-    except PolicyError as error:
-        raise _of_policy_error(watch, error) from error
-    except Exception as error:
-        raise Broken("raises", _raised(watch, error), watch.place(error)) from error
-
-
-def _touches(watch: Watch, error: BaseException) -> bool:
-    return any(f.filename in watch.files for f in traceback.extract_tb(error.__traceback__))
-
-
-def _raised(watch: Watch, error: BaseException) -> str:
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"{watch.hook or 'the engine'} raised {said}"
-
-
-def _of_policy_error(watch: Watch, error: PolicyError) -> Broken:
-    cause = error.__cause__
-    if isinstance(cause, Broken):
-        return cause
-    if cause is not None:
-        return Broken("raises", _raised(watch, cause), watch.place(cause))
-    text = str(error)
-    for contract, mark in (
-        ("progress", "without running anything"),
-        ("progress", "scheduled nothing"),
-        ("candidates", "not a candidate"),
-        ("candidates", "expected one of the"),
-        ("answer", "foresaw"),
-        ("answer", "how() returned"),
-        ("answer", "keep() returned"),
-    ):
-        if mark in text:
-            return Broken(contract, text, watch.place(error))
-    return Broken("misuse", text, watch.place(error))
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Only the main thread can be interrupted; elsewhere an endless loop stays one."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(_: int, frame: types.FrameType | None) -> None:
-        # Not into a callback of the garbage collector, which would swallow it: soon after, then.
-        collecting = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-        while frame is not None:
-            if frame.f_code in collecting:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0.01)
-                return
-            frame = frame.f_back
-        raise _Hung
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, HOOK_CPU_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-# --- the policy under test, watched ----------------------------------------------------------------------
-
-
-def watched(watch: Watch) -> Any:
-    """A stand-in of the same kind that passes every call on and looks at what happens to the views."""
-    base, policy = KINDS[watch.kind], watch.policy
-    body: dict[str, Any] = {"__module__": type(policy).__module__}
-    for name, method in inspect.getmembers(base, inspect.isfunction):
-        if not name.startswith("_"):
-            body[name] = _passing(watch, name, getattr(policy, name, method))
-    for name in ("leaf_only", "needs_future", "interval"):
-        if hasattr(policy, name):
-            body[name] = getattr(policy, name)
-    return type(type(policy).__name__, (base,), body)()
-
-
-def _passing(watch: Watch, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(_: object, *args: Any, **options: Any) -> Any:
-        watch.hook = name
-        held = [(a, _facts(a)) for a in args if hasattr(a, "seq") or hasattr(a, "depth")]
-        counted = None
-        if name == "schedule":
-            step, plain = args[0], args[0].waiting
-            counted = step.waiting = _Counted(plain, watch.files)
-        try:
-            answer = method(*args, **options)
-        finally:
-            if counted is not None:
-                step.waiting = plain
-        watch.hook = name  # a hook may have led to another
-        for view, facts in held:
-            _unchanged(watch, view, facts)
-        if name == "on_arrival":
-            watch.views += held
-        if counted is not None and counted.read > watch.most_waiting_read:
-            watch.most_waiting_read, watch.walked_at = counted.read, counted.at
-        return answer
-
-    return call
-
-
-def _facts(view: Any) -> tuple[Any, ...]:
-    """What never changes while a hook runs."""
-    if hasattr(view, "depth"):
-        return (view.id, view.key, view.depth, view.refs, view.parent, view.children)
-    return (view.id, view.seq, view.arrival, view.priority, view.prompt_tokens)
-
-
-def _unchanged(watch: Watch, view: Any, facts: tuple[Any, ...]) -> None:
-    if _facts(view) != facts:
-        raise Broken("views", f"{watch.hook} changed {view!r}", watch.defined(watch.hook))
-
-
-class _Counted(Mapping[RequestId, RequestView]):
-    """`step.waiting`, counting how much of it is walked through."""
-
-    def __init__(self, inner: Mapping[RequestId, RequestView], files: frozenset[str]) -> None:
-        self._inner, self._files = inner, files
-        self.read, self.at = 0, ""
-
-    def __getitem__(self, key: RequestId) -> RequestView:
-        return self._inner[key]
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._inner
-
-    def __iter__(self) -> Iterator[RequestId]:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename not in self._files:
-            frame = frame.f_back
-        self.at = f"{shown(frame.f_code.co_filename)}:{frame.f_lineno}"
-        for key in self._inner:
-            self.read += 1
-            yield key
-
-
-# --- one engine ------------------------------------------------------------------------------------------
+from lab.testing.contracts import Broken
+from lab.testing.standin import unchanged, watched
+from lab.testing.watch import Watch, judged
 
 
 class Plain(SchedulingPolicy):
@@ -360,10 +87,6 @@ class _Ends(Observer):
 
 Decided = tuple[object, ...]
 """What is compared between two plays: one entry a step, or an answer."""
-
-
-def rng(kind: str, seed: int) -> random.Random:
-    return random.Random(stream_of("policy", kind, seed))
 
 
 @functools.cache
@@ -445,7 +168,7 @@ def play_engine(case: Case, watch: Watch, salt: int = 0) -> list[Decided]:
             says = f"no request ended or got a token for {since} steps, up to step {plan.index}"
             raise Broken("progress", says, watch.defined("schedule"))
     for view, facts in watch.views:
-        _unchanged(watch, view, facts)
+        unchanged(watch, view, facts)
     return [*said, tuple(sorted(ends.outcomes.items()))]
 
 

@@ -15,7 +15,7 @@ from lab.errors import ConfigError, PolicyError, UnknownNameError
 from lab.shipped import KINDS as SHIPPED
 from lab.testing import CONTRACTS, Ask, Case, Report, check_policy, replay
 from lab.testing.cases import engine_situations, fleet_situations
-from lab.testing.play import KINDS
+from lab.testing.contracts import KINDS
 from policies.scheduling.fcfs import Fcfs
 from tests.plugins import broken
 
@@ -80,7 +80,7 @@ def test_a_broken_contract_is_found_named_placed_and_shrunk(policy: type, contra
 
 def test_the_list_of_broken_policies_covers_every_contract_and_kind() -> None:
     assert {row[1] for row in FOUND} | {"made"} == set(CONTRACTS)
-    assert all(any(issubclass(row[0], base) for row in FOUND) for base in KINDS.values())
+    assert all(any(issubclass(row[0], kind.base) for row in FOUND) for kind in KINDS.values())
 
 
 def test_the_smallest_workload_can_be_played_again_from_the_printed_code(tmp_path: Path) -> None:

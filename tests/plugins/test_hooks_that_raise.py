@@ -13,7 +13,7 @@ from lab import experiment
 from lab.analysis import load
 from lab.observe.claim import partial_reason
 from lab.testing import check_policy
-from lab.testing.play import KINDS
+from lab.testing.contracts import KINDS
 
 PARENTS = {
     "policy": "policies.scheduling.fcfs:Fcfs",
@@ -43,8 +43,8 @@ LINE = SOURCE.splitlines().index('            raise LookupError("lost my notes")
 
 
 def hooks() -> Iterator[tuple[str, str]]:
-    for kind, base in KINDS.items():
-        for name, _ in inspect.getmembers(base, inspect.isfunction):
+    for kind, each in KINDS.items():
+        for name, _ in inspect.getmembers(each.base, inspect.isfunction):
             if not name.startswith("_") and name != "score":  # which the data plane calls
                 yield kind, name
 
