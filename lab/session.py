@@ -23,10 +23,10 @@ from lab.control.observer import FleetEvent, Observer, Observers, RequestRecord,
 from lab.control.request import Request
 from lab.errors import DiptychError, RunError
 from lab.live import Watch
+from lab.observe.bill import Power
 from lab.observe.environment import environment
 from lab.observe.identity import RunInfo, workload_id
 from lab.observe.logs import JsonLog
-from lab.observe.metrics import Power
 from lab.observe.recorder import Recorder
 from lab.observe.rundir import RunDirectory
 

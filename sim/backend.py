@@ -20,7 +20,7 @@ from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
 from lab.control.step import Limits
 from lab.errors import ConfigError, ModelError, ReplayError
-from lab.observe.metrics import Power
+from lab.observe.bill import Power
 from lab.topology import GroupConfig
 from sim import hardware, model_shape
 from sim.capacity import RESERVED_GIB, blocks_that_fit

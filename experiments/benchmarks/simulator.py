@@ -68,8 +68,8 @@ class StandIn:
 def simulate(trace: str, count: int, record: str, load: float, folder: Path) -> dict[str, Any]:
     """One run, in this process; returns what it was like."""
     from lab.control.request import stream_of
+    from lab.observe.bill import Power
     from lab.observe.identity import workload_id
-    from lab.observe.metrics import Power
     from lab.observe.stream import Stream
     from lab.session import Side, run_side
     from sim.backend import SimBackend

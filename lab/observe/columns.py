@@ -14,7 +14,7 @@ from typing import Any
 from lab.control.observer import FleetEvent, Interval, RequestRecord, StepRecord
 from lab.control.plan import TERMS, Compaction, Move, TokenLogprobs
 from lab.control.request import Piece, Request, Segment
-from lab.observe import metrics
+from lab.observe import latency
 from lab.observe.parquet import Column
 from lab.observe.spans import SpanRow
 
@@ -74,12 +74,12 @@ REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("preemptions", "int64", lambda r: r.preemptions),
     ("predicted_output", "int64", lambda r: r.predicted_output),
     ("dropped_tokens", "int64", lambda r: r.dropped_tokens),
-    ("first_scheduled_ns", "int64", metrics.first_scheduled),
+    ("first_scheduled_ns", "int64", latency.first_scheduled),
     ("first_token_ns", "int64", lambda r: r.token_times[0] if r.token_times else None),
     ("last_token_ns", "int64", lambda r: r.token_times[-1] if r.token_times else None),
-    ("queue_ns", "int64", metrics.queue_total_ns),
-    ("prefill_ns", "int64", lambda r: metrics.phase_ns(r, "prefill")),
-    ("decode_ns", "int64", lambda r: metrics.phase_ns(r, "decode")),
+    ("queue_ns", "int64", latency.queue_total_ns),
+    ("prefill_ns", "int64", lambda r: latency.phase_ns(r, "prefill")),
+    ("decode_ns", "int64", lambda r: latency.phase_ns(r, "decode")),
     ("ttft_slo_ns", "int64", lambda r: r.request.ttft_slo),
     ("tpot_slo_ns", "int64", lambda r: r.request.tpot_slo),
     ("token_times_ns", "list<int64>", lambda r: r.token_times),

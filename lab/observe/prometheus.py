@@ -1,7 +1,7 @@
 """A run's metrics as Prometheus text, under vLLM's names, so that its dashboards work. Observation path.
 
 Counters and histograms cover the whole run; gauges show its last step. Latency histograms hold finished
-requests in seconds, by the formulas of `lab/observe/metrics.py`. `engine` is the replica (-1: none chosen).
+requests in seconds, by the formulas of `lab/observe/latency.py`. `engine` is the replica (-1: none chosen).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 from lab.control.observer import RequestRecord, StepRecord
-from lab.observe import metrics
+from lab.observe import latency
 from lab.observe.recorder import Recorded
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -35,19 +35,19 @@ def _seconds(value: Callable[[RequestRecord], float | None]) -> _Samples:
 
 _HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...], _Samples], ...] = (
     ("time_to_first_token_seconds", "Arrival to first token.", _TTFT,
-     _seconds(lambda record: metrics.ttft_ns(record) if record.token_times else None)),
+     _seconds(lambda record: latency.ttft_ns(record) if record.token_times else None)),
     ("inter_token_latency_seconds", "Gaps between consecutive tokens.", _GAP,
-     lambda record: [gap / 1e9 for gap in metrics.itls_ns(record)]),
+     lambda record: [gap / 1e9 for gap in latency.itls_ns(record)]),
     ("request_time_per_output_token_seconds", "Mean gap between tokens, per request.", _GAP,
-     _seconds(metrics.tpot_ns)),
-    ("e2e_request_latency_seconds", "Arrival to end.", _LATENCY, _seconds(metrics.e2e_ns)),
-    ("request_queue_time_seconds", "Arrival to first schedule.", _LATENCY, _seconds(metrics.queue_ns)),
+     _seconds(latency.tpot_ns)),
+    ("e2e_request_latency_seconds", "Arrival to end.", _LATENCY, _seconds(latency.e2e_ns)),
+    ("request_queue_time_seconds", "Arrival to first schedule.", _LATENCY, _seconds(latency.queue_ns)),
     ("request_prefill_time_seconds", "Time in prefill.", _LATENCY,
-     _seconds(lambda record: metrics.phase_ns(record, "prefill"))),
+     _seconds(lambda record: latency.phase_ns(record, "prefill"))),
     ("request_decode_time_seconds", "Time in decode.", _LATENCY,
-     _seconds(lambda record: metrics.phase_ns(record, "decode"))),
+     _seconds(lambda record: latency.phase_ns(record, "decode"))),
     ("request_inference_time_seconds", "Time running.", _LATENCY,
-     _seconds(lambda record: metrics.phase_ns(record, "prefill") + metrics.phase_ns(record, "decode"))),
+     _seconds(lambda record: latency.phase_ns(record, "prefill") + latency.phase_ns(record, "decode"))),
     ("request_prompt_tokens", "Prompt tokens.", _TOKENS, lambda record: [len(record.request.prompt)]),
     ("request_generation_tokens", "Output tokens.", _TOKENS, lambda record: [len(record.token_times)]),
 )  # fmt: skip
@@ -90,7 +90,7 @@ def prometheus_text(recorded: Recorded, *, model: str) -> str:
     put("kv_cache_usage_perc", "gauge", "Referenced KV blocks; 1 is all.", each(_usage))
     put("num_preemptions", "counter", "Preemptions.", each(lambda s: sum(len(x.plan.preempted) for x in s)))
     ran = {
-        replica: [record for record in requests[replica] if metrics.first_scheduled(record) is not None]
+        replica: [record for record in requests[replica] if latency.first_scheduled(record) is not None]
         for replica in replicas
     }
     asked = [

@@ -25,10 +25,11 @@ from lab import interrupts
 from lab.control.request import Request
 from lab.errors import DiptychError, RunError
 from lab.observe import export
+from lab.observe.bill import Power
 from lab.observe.boundaries import SCHEMA_VERSION
 from lab.observe.claim import COMPLETE, INCOMPLETE, PARTIAL, SUCCESS, Lock, take
 from lab.observe.identity import RunInfo
-from lab.observe.metrics import Power, summarise
+from lab.observe.metrics import summarise
 from lab.observe.prometheus import prometheus_text
 from lab.observe.recorder import Recorded
 

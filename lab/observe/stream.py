@@ -17,9 +17,9 @@ from typing import Any
 from lab.control.observer import FleetEvent, Observer, RequestRecord, StepRecord, StepRow, StepTotals, row_of
 from lab.observe.columns import FLEET, REQUESTS, SPANS, STEPS
 from lab.observe.identity import RunInfo
-from lab.observe.metrics import Tally
 from lab.observe.parquet import Table, write
 from lab.observe.spans import fleet_spans
+from lab.observe.tally import Tally
 
 BUFFER = 1024
 """Records that wait to be written together."""

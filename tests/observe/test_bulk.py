@@ -20,10 +20,10 @@ from lab.observe.bulk.requests import RequestBatch
 from lab.observe.bulk.steps import StepBatch
 from lab.observe.columns import REQUESTS, SPANS, STEPS
 from lab.observe.identity import request_trace, span_id, span_ids
-from lab.observe.metrics import Tally
 from lab.observe.parquet import Table, write
 from lab.observe.recorder import Recorder
 from lab.observe.spans import spans
+from lab.observe.tally import Tally
 from tests.observe.made import info_for, play, rich, runs
 
 

@@ -15,7 +15,7 @@ from lab.control.plan import StepPlan, StepResult, StepTiming
 from lab.control.request import Prompt, Request, Segment
 from lab.control.step import Limits
 from lab.observe.boundaries import BOUNDARIES
-from lab.observe.metrics import e2e_ns, itls_ns, ttft_ns
+from lab.observe.latency import e2e_ns, itls_ns, ttft_ns
 from lab.observe.recorder import Recorder
 from lab.observe.rundir import RunDirectory
 from lab.observe.spans import check, spans

@@ -14,10 +14,11 @@ from hypothesis import given
 from lab.control.observer import Decision, Interval, RequestRecord
 from lab.control.plan import GENESIS
 from lab.control.request import Prompt, Request
-from lab.observe import metrics
+from lab.observe import latency
 from lab.observe.metrics import METRICS, summarise
 from lab.observe.prometheus import prometheus_text
 from lab.observe.recorder import Recorder
+from lab.observe.tally import joined_digest
 from tests.observe.made import play, rich, runs
 
 MS = 1_000_000
@@ -145,7 +146,7 @@ def test_every_metric_equals_its_sum_done_again(recorder: Recorder) -> None:
 def test_ttft_and_the_gaps_add_up_to_e2e_exactly(recorder: Recorder) -> None:
     for record in recorder.requests:
         if record.outcome == "finished":
-            assert metrics.ttft_ns(record) + sum(metrics.itls_ns(record)) == metrics.e2e_ns(record)
+            assert latency.ttft_ns(record) + sum(latency.itls_ns(record)) == latency.e2e_ns(record)
 
 
 @given(runs())
@@ -172,8 +173,9 @@ def test_a_refusal_lowers_attainment() -> None:
 
 def test_two_replicas_have_one_digest_that_depends_on_both() -> None:
     left, right, other = (play(random.Random(n), 6, replica=n % 2).steps for n in (2, 1, 3))
-    assert metrics.plan_digest([*left, *right]) == metrics.plan_digest([*right, *left])
-    assert metrics.plan_digest([*left, *right]) != metrics.plan_digest([*left, *other])
+    one, two, three = ({part[-1].replica: part[-1].plan.digest} for part in (left, right, other))
+    assert joined_digest(one | two) == joined_digest(two | one)
+    assert joined_digest(one | two) != joined_digest(one | three)
 
 
 @given(runs())
@@ -193,7 +195,7 @@ def test_prometheus_histograms_are_cumulative_and_agree_with_the_records(recorde
 
     finished = [record for record in recorder.requests if record.outcome == "finished"]
     assert total("e2e_request_latency_seconds_count") == len(finished)
-    assert total("e2e_request_latency_seconds_sum") == pytest.approx(sum(map(metrics.e2e_ns, finished)) / 1e9)
+    assert total("e2e_request_latency_seconds_sum") == pytest.approx(sum(map(latency.e2e_ns, finished)) / 1e9)
     assert total("request_success_total") == len(finished)
     assert total("generation_tokens_total") == sum(len(record.token_times) for record in recorder.requests)
     assert total("num_preemptions_total") == sum(len(step.plan.preempted) for step in recorder.steps)

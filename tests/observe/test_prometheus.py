@@ -9,7 +9,7 @@ from collections import Counter
 from hypothesis import given
 from prometheus_client.parser import text_string_to_metric_families
 
-from lab.observe import metrics
+from lab.observe import latency
 from lab.observe.prometheus import prometheus_text
 from lab.observe.recorder import Recorder
 from tests.observe.made import play, rich, runs
@@ -82,7 +82,7 @@ def test_the_values_are_the_runs_own() -> None:
         for reason, count in Counter(r.reason for r in finished).items():
             assert value("request_success", "_total", finished_reason=reason) == count
         assert value("e2e_request_latency_seconds", "_count") == len(finished)
-        total = sum(metrics.e2e_ns(r) or 0 for r in finished) / 1e9
+        total = sum(latency.e2e_ns(r) or 0 for r in finished) / 1e9
         assert math.isclose(value("e2e_request_latency_seconds", "_sum"), total, rel_tol=1e-9)
         for name in ("time_to_first_token_seconds", "iteration_tokens_total"):
             buckets = [

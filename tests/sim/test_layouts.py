@@ -8,7 +8,8 @@ import pytest
 
 from lab.control.plan import Decoding, Work
 from lab.errors import ConfigError
-from lab.observe.metrics import Power, summarise
+from lab.observe.bill import Power
+from lab.observe.metrics import summarise
 from lab.observe.recorder import Recorder
 from sim import hardware, model_shape
 from sim.capacity import blocks_that_fit, largest_step
