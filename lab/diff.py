@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lab.analysis.frames import RunLike
     from lab.analysis.runs import Run
 
-RESIMULATE = "sim.backend:resimulate"
+RESIMULATE = "sim.resimulate:resimulate"
 """Reached by name: the ground floor imports no backend."""
 
 DEEPEST = 4

@@ -356,7 +356,7 @@ def describe(cost: LinearCost) -> list[str]:
 def command(cfg: Config) -> int:
     """Measure the real engine that `cfg` describes, keep the fit where `cost=fitted` looks for it, and print it."""
     from lab.console import Console
-    from sim.backend import fitted
+    from sim.fitted import fitted
 
     console = Console()
     engine = cast("OpenBackend", plugins.load_object("backend", "real"))(cfg, console, None)

@@ -16,9 +16,11 @@ from lab.diff import compare
 from lab.diff import main as command
 from lab.experiment import main
 from lab.session import Side, run_side
-from sim.backend import REFERENCE, SimBackend, recorded_capacity
+from sim.backend import SimBackend
 from sim.cost.linear import LinearCost
 from sim.cost.model import CostModel
+from sim.fitted import REFERENCE
+from sim.recorded import recorded_capacity
 
 WORDS = (
     *("backend=sim", "cost=reference", "run.report=false", "trace=poisson", "trace.n=50", "trace.rate=6"),

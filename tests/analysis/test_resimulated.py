@@ -16,8 +16,8 @@ from lab.analysis.frames import PARTS, scalars
 from lab.analysis.runs import Run
 from lab.diff import compare
 from lab.experiment import main
-from sim.backend import resimulate
 from sim.cost.replay import Nearest
+from sim.resimulate import resimulate
 
 SMALL = ("backend=sim", "cost=reference", "run.report=false", "trace=poisson", "trace.n=30", "trace.rate=20")
 

@@ -12,9 +12,10 @@ from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.plan import StepPlan, StepResult
 from lab.errors import ConfigError
-from sim.backend import REFERENCE, SimBackend, calibration_file, open_backend
+from sim.backend import SimBackend, open_backend
 from sim.cost.linear import LinearCost
 from sim.executor import SimExecutor
+from sim.fitted import REFERENCE, calibration_file
 from tests.experiment.command import one_sentence, run
 
 

@@ -16,9 +16,10 @@ from experiments.benchmarks.fidelity.case import percentile
 from experiments.benchmarks.fidelity.workloads import asked_again, catalogue, offered
 from lab.control.executor import Capacity
 from lab.errors import ConfigError, RunError
-from sim.backend import REFERENCE, SimBackend
+from sim.backend import SimBackend
 from sim.cost.linear import LinearCost
 from sim.cost.physical import MEASURED
+from sim.fitted import REFERENCE
 from tests.experiment.command import ROOT
 
 SHARED = Path(os.environ.get("DIPTYCH_SHARED", ROOT.parent / "shared"))

@@ -18,11 +18,11 @@ from lab.control.executor import Capacity, Executor
 from lab.control.plan import GENESIS, StepPlan, StepResult, StepTiming, Work
 from lab.control.request import Prompt, Request, Segment
 from lab.errors import ConfigError
-from sim.backend import REFERENCE
 from sim.bench import Bench, Shape
 from sim.calibrate import _by_shape, describe, levelled
 from sim.cost.linear import FEATURES, FORMAT, PHASES, RAMPS, LinearCost, features
 from sim.cost.model import Batch
+from sim.fitted import REFERENCE
 
 
 def plan(items: list[tuple[int, int]]) -> StepPlan:

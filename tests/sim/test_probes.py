@@ -18,11 +18,11 @@ from lab.control.plan import GENESIS, StepPlan, StepResult
 from lab.control.step import Limits
 from policies.eviction.lru import Lru
 from policies.scheduling.fcfs import Fcfs
-from sim.backend import REFERENCE
 from sim.calibrate import Measured, fit, measure
 from sim.cost.linear import LinearCost
 from sim.cost.model import Batch
 from sim.executor import SimExecutor
+from sim.fitted import REFERENCE
 from sim.probes import SHAPES, Pace, Paced, Probed, Watch, mean, speed_of
 
 TRUTH = LinearCost.load(REFERENCE)

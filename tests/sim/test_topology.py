@@ -106,7 +106,7 @@ def test_kv_moves_at_the_pace_of_the_slower_end(opened: Opened, monkeypatch: pyt
         port = replace(found.network, latency_s=9e-6 if name == "h100_sxm" else 5e-6)
         return replace(found, network=port)
 
-    monkeypatch.setattr("sim.backend.hardware.load", load)
+    monkeypatch.setattr("sim.hardware.load", load)
     assert opened("topology=pd_hetero", "routing=round_robin")._link == Link(25e9, 9000)
     told = "topology.link.gb_s=10", "topology.link.latency_us=7"
     assert opened("topology=pd_1p1d", *told)._link == Link(10e9, 7000)

@@ -238,7 +238,8 @@ def side(setup: Setup, cfg: Config, backend: Any, requests: Sequence[Request]) -
 
 def simulate(setup: Setup, cfg: Config, cost: LinearCost | Paced, workload: Named, out: Path) -> Run:
     """The workload as the fit predicts it, on the capacity that the real run had."""
-    from sim.backend import SimBackend, recorded_capacity
+    from sim.backend import SimBackend
+    from sim.recorded import recorded_capacity
 
     capacity = recorded_capacity(setup.ran(workload.name)[0])
     backend = SimBackend(cost, capacity, "modelled", {"cost": "fitted", "name": "sim"})
