@@ -24,7 +24,7 @@ from lab.errors import DiptychError, RunError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
     from lab.analysis.frames import RunLike
     from lab.analysis.runs import Run
 

@@ -8,7 +8,8 @@
 `report` show. pandas and matplotlib are imported when they are first needed.
 """
 
-from lab.analysis.diff import Diff, diff
+from lab.analysis.diff import diff
+from lab.analysis.difference import Diff
 from lab.analysis.launch import launch
 from lab.analysis.runs import Run, load
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.analysis.diff import HEADLINES
+from lab.analysis.counterfactual import HEADLINES
 from lab.analysis.files import write_atomic
 from lab.analysis.frames import finished, leaves, scalars
 from lab.analysis.runs import Run, load

@@ -9,151 +9,29 @@ differences of its parts; the residual is 0 ns unless a run broke that rule, and
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.analysis import distances as distance
-from lab.analysis.aligned import Aligned, align
+from lab.analysis.aligned import align
 from lab.analysis.attribution import attribute, per_request, step_phases
-from lab.analysis.clocks import Skew, skews
+from lab.analysis.clocks import skews
+from lab.analysis.counterfactual import counterfactual, same_durations
 from lab.analysis.decisions import compare_decisions
-from lab.analysis.distributions import matched, percentiles, spread, summary
-from lab.analysis.files import write_atomic
-from lab.analysis.frames import PARTS, RunLike, backend, finished, intervals, leaves, scalars, sides
+from lab.analysis.difference import Diff
+from lab.analysis.distributions import matched, percentiles, spread
+from lab.analysis.frames import RunLike, backend, finished, intervals, leaves, scalars, sides
 from lab.analysis.noise import noise_floor
 from lab.analysis.parts import waits
 from lab.analysis.residuals import residuals, terms
-from lab.analysis.scope import Scope, cut, scope
+from lab.analysis.scope import cut, scope
 from lab.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HEADLINES = (
-    "e2e_ms.mean",
-    "e2e_ms.p99",
-    "ttft_ms.mean",
-    "ttft_ms.p99",
-    "tpot_ms.mean",
-    "throughput.output_tokens_per_s",
-)
-"""Metrics whose error is split into duration and decision."""
-
-ENOUGH_STEPS = 20
-"""So many steps of the same work that took exactly the same time on both sides show one cost model."""
-
 _VOLATILE = ("run.", "backend")
 """Where a run lies and what executes it: differ by design, and stand in `keys` and `labels`."""
-
-
-@dataclass(frozen=True, repr=False)
-class Diff:
-    """What `diff` found; its repr is the verdict.
-
-    `keys` name the sides in the mappings (`real`, `sim` or `a`, `b`), `labels` in print.
-    """
-
-    keys: tuple[str, str]
-    labels: tuple[str, str]
-    partial: tuple[bool, bool]
-    scope: Scope
-    """What of the two runs is compared, where it isn't all."""
-    metrics: dict[str, dict[str, float | None]]
-    """Each scalar of metrics.json: both sides' values and `error_pct` (b against a; None where undefined)."""
-    decisions: dict[str, Any]
-    alignment: dict[str, Any]
-    """How many requests were matched by id, and what could not be."""
-    requests: pd.DataFrame
-    """One row a matched request (index id): per latency and part, nanoseconds of both sides and the difference."""
-    waits: pd.DataFrame
-    """One row a waiting interval, matched by request, cause and visit."""
-    aligned: Aligned
-    """Which step belongs to which."""
-    attribution: dict[str, Any]
-    """`e2e` and `ttft` over the parts of a request, `steps` over the phases of a step; signed ms, b - a."""
-    percentiles: pd.DataFrame
-    """Each latency percentile by percentile, with its band (`lab.analysis.distributions`)."""
-    spread: dict[str, dict[str, float]]
-    """Several runs a side: each metric's error (percent) over the pairs: `mean`, and the 95 % interval's ends."""
-    residuals: pd.DataFrame
-    """One row a pair of steps that did the same work: shape and durations (`lab.analysis.residuals`)."""
-    terms: pd.DataFrame
-    """Which fact about a batch each phase's residual is proportional to."""
-    counterfactual: dict[str, dict[str, float]] | None
-    """Per headline metric: total = duration + decision. None when nothing was re-simulated, or with other rules than
-    b's."""
-    parity: bool | None
-    """Whether replaying a's durations gave a's plan digests; None when not tried."""
-    replay_divergence: dict[str, Any] | None
-    """Where b's rules part from a's decisions although the durations are a's: no clock is to blame there."""
-    distances: dict[str, Any]
-    noise: dict[str, Any] | None
-    """How far repeats of the reference lie apart, and each distance as a multiple; None without repeats."""
-    measured: bool
-    """Whether a side was measured, so that chance had a part in it."""
-    configuration: dict[str, dict[str, Any]]
-    """Options that differ between the two runs."""
-    clocks: tuple[list[Skew], list[Skew]]
-    """Of a side that several ranks computed: each rank's clock against rank 0's."""
-
-    @property
-    def moved(self) -> list[str]:
-        """The parts of a request worth showing: queue, prefill and decode, and any other with a difference."""
-        return [
-            part
-            for part in PARTS
-            if part in ("queue", "prefill", "decode") or self.attribution["e2e"]["stages"][part]["share"]
-        ]
-
-    @property
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table as a DataFrame by name, as `--out` writes them. Columns end in their unit (`_ns`, `_ms`)."""
-        from lab.analysis.diff_tables import tables
-
-        return tables(self)
-
-    def __repr__(self) -> str:
-        from lab.analysis.verdict import verdict
-
-        return "\n".join(
-            [f"Diff({' -> '.join(self.labels)})", *(f"- {sentence}" for sentence in verdict(self))]
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of diff.json: plain values, sorted keys, null where a number is undefined."""
-        tree = {
-            "schema": 1,
-            "sides": dict(zip(("a", "b"), self.labels, strict=True)),
-            "partial": dict(zip(self.keys, self.partial, strict=True)),
-            "scope": self.scope.to_json(),
-            "metrics": self.metrics,
-            "decisions": self.decisions,
-            "requests": self.alignment,
-            "steps": self.aligned.summary(),
-            "percentiles": summary(self.percentiles),
-            "spread": self.spread,
-            "terms": self.terms.to_dict("records"),
-            "attribution": self.attribution,
-            "counterfactual": self.counterfactual,
-            "replay": {"parity": self.parity, "first_divergence": self.replay_divergence},
-            "distances": self.distances,
-            "noise": self.noise,
-            "configuration": self.configuration,
-            "clocks": {
-                key: [skew._asdict() for skew in side]
-                for key, side in zip(self.keys, self.clocks, strict=True)
-            },
-        }
-        plain: dict[str, Any] = _plain(tree)
-        return plain
-
-    def write(self, path: str | Path) -> None:
-        """Write diff.json atomically. Raises `RunError` when that can't be done."""
-        write_atomic(Path(path), json.dumps(self.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def diff(
@@ -211,7 +89,7 @@ def diff(
         )
     steps = residuals(left, right, aligned)
     configuration = _configuration(left.config, right.config, keys)
-    alike = _same_durations(full, steps, configuration)
+    alike = same_durations(full, steps, configuration)
     distances = distance.summary(*both, *pieces) | {"decisions": distance.of_decisions(decisions, aligned)}
     pairs = [both, *(matched(x.requests, y.requests) for x, y in zip(many_a[1:], many_b[1:], strict=True))]
     return Diff(
@@ -236,7 +114,7 @@ def diff(
         terms=terms(steps),
         counterfactual=None
         if resimulated is None
-        else _counterfactual(left, right, resimulated, exchanged, alike),
+        else counterfactual(left, right, resimulated, exchanged, alike),
         parity=parity,
         replay_divergence=None if replayed is None else replayed["first_divergence"],
         distances=distances,
@@ -304,48 +182,6 @@ def _alignment(a: RunLike, b: RunLike, ids: pd.Index[Any], keys: tuple[str, str]
     }
 
 
-def _same_durations(
-    runs: tuple[RunLike, RunLike], steps: pd.DataFrame, configuration: Mapping[str, Any]
-) -> bool:
-    """Whether both runs were simulated with one cost model: as configured, and in every step that did the same work."""
-    told = any(key.partition(".")[0] in ("cost", "model", "mechanisms") for key in configuration)
-    simulated = all(backend(run) == "sim" for run in runs)
-    return simulated and not told and len(steps) >= ENOUGH_STEPS and not steps["residual_ns"].any()
-
-
-def _counterfactual(
-    a: RunLike, b: RunLike, ab: RunLike, ba: RunLike | None, alike: bool
-) -> dict[str, dict[str, float]]:
-    """`ab` is b's decisions with a's durations, `ba` a's decisions with b's.
-
-    Two factors, two orders of changing them; each factor gets the mean of what it does first and last (Shapley).
-    Without `ba`, one order: durations are put right first, and what remains is decision. `interaction` is how far
-    the two orders disagree: the part of the difference that takes both to change.
-
-    Of two runs with one cost model (`alike`) all of it is decision: after a divergence a re-simulation borrows
-    durations from steps of similar shape, and what that costs is no error of either run.
-    """
-    left, right, mixed = scalars(a.metrics), scalars(b.metrics), scalars(ab.metrics)
-    other = None if ba is None else scalars(ba.metrics)
-    split = {}
-    for name in HEADLINES:
-        if not (name in left and name in right and name in mixed):
-            continue
-        m_a, m_b, m_ab = left[name], right[name], mixed[name]
-        cell = {"total": m_b - m_a, "duration": m_b - m_ab, "decision": m_ab - m_a}
-        if alike:
-            cell |= {"duration": 0.0, "decision": m_b - m_a}
-        elif other is not None and name in other:
-            m_ba = other[name]
-            cell |= {
-                "duration": ((m_b - m_ab) + (m_ba - m_a)) / 2,
-                "decision": ((m_ab - m_a) + (m_b - m_ba)) / 2,
-                "interaction": (m_b - m_ab) - (m_ba - m_a),
-            }
-        split[name] = cell
-    return split
-
-
 def _configuration(
     a: Mapping[str, Any], b: Mapping[str, Any], keys: tuple[str, str]
 ) -> dict[str, dict[str, Any]]:
@@ -355,16 +191,3 @@ def _configuration(
         for name in sorted(set(left) | set(right))
         if left.get(name) != right.get(name) and not name.startswith(_VOLATILE)
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types: numpy scalars unwrapped, what is not finite as None, keys in order."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(value[key]) for key in sorted(value, key=str)}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, (str, int, bool)) or value is None else str(value)

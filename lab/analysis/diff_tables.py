@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lab.analysis.around import place
-from lab.analysis.diff import Diff
+from lab.analysis.difference import Diff
 from lab.analysis.frames import STAGE_WORDS, RunLike
 from lab.analysis.residuals import FACTS, residual_map
 from lab.analysis.table import WIDTH

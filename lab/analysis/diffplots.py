@@ -10,7 +10,7 @@ from lab.analysis.residuals import residual_map
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
 
 _LATENCIES = {"ttft": "TTFT", "e2e": "E2E", "tpot": "TPOT", "itl": "ITL"}
 _MOST_STEPS = 6000

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
 
 __all__ = [
     "aligned_steps",

@@ -19,13 +19,14 @@ from lab.analysis.frames import RunLike
 from lab.analysis.page.embed import WITHOUT, Embedded, as_json, available, embed
 from lab.analysis.page.words import describe, parting, span_counts, summary
 from lab.analysis.plots import figures
-from lab.analysis.verdict import percent, verdict
+from lab.analysis.verdict import verdict
+from lab.analysis.wording import percent
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
 
 TEMPLATES = Path(__file__).parent / "templates"
 DPI, DPI_INSTEAD = 130, 80

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lab.analysis.clocks import say, skews
-from lab.analysis.diff import Diff
+from lab.analysis.difference import Diff
 from lab.analysis.frames import RunLike, name, scalars
-from lab.analysis.verdict import percent, verdict
+from lab.analysis.verdict import verdict
+from lab.analysis.wording import percent
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.analysis.diff import HEADLINES, Diff, diff
+from lab.analysis.causes import changes
+from lab.analysis.counterfactual import HEADLINES
+from lab.analysis.diff import diff
+from lab.analysis.difference import Diff
 from lab.analysis.frames import PARTS, intervals
-from lab.analysis.verdict import changes, verdict
+from lab.analysis.verdict import verdict
 from tests.analysis.toy import ToyRun, linear, pair, toy_run
 
 seeds = st.integers(0, 10_000)

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from lab.analysis import Diff, Run, load
-from lab.analysis.verdict import cause, verdict
+from lab.analysis.causes import cause
+from lab.analysis.verdict import verdict
 from lab.assembly import EngineSpec
 from lab.diff import compare
 from lab.diff import main as command

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bokeh.plotting import figure
     from numpy.typing import NDArray
 
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
 
 MOST_QUANTILES = 400
 """Points of one distribution; more samples than that are drawn at evenly spaced ranks, and at both ends."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bokeh.models import CustomJS
     from bokeh.plotting import figure
 
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
 
 OVERVIEW_WINDOWS = 500
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab.analysis.causes import changes, divergence
 from lab.analysis.frames import RunLike, leaves, scalars
 from lab.analysis.table import number, rows
-from lab.analysis.verdict import changes, divergence, names, percent
+from lab.analysis.wording import names, percent
 from lab.errors import RunError
 
 if TYPE_CHECKING:
-    from lab.analysis.diff import Diff
+    from lab.analysis.difference import Diff
 
 
 def summary(runs: Sequence[RunLike], diff: Diff | None) -> list[list[dict[str, Any]]]:
