@@ -45,6 +45,7 @@ class LinkConfig:
 
     gb_s: float | None = _option(None, "bandwidth; null: the slower end's network port")
     latency_us: float | None = _option(None, "until the first byte is there; null: the slower end's")
+    layerwise: bool = _option(False, "send a prompt's KV layer by layer while it is being computed")
 
 
 @dataclass
@@ -161,6 +162,11 @@ def validate(topology: TopologyConfig, shaped: bool) -> None:
         value = getattr(topology.link, what)
         if value is not None and not (0 <= value < math.inf and (value or what != "gb_s")):
             raise ConfigError(f"topology.link.{what} is {value}; expected a finite number above 0.")
+    if topology.link.layerwise and not disaggregated(topology):
+        raise ConfigError(
+            f"topology.link.layerwise=true sends KV from prefill to decode replicas, and topology {topology.name} has "
+            "neither; expected one with both, such as topology=pd_1p1d."
+        )
     if not shaped and disaggregated(topology) and None in (topology.link.gb_s, topology.link.latency_us):
         raise ConfigError(
             "topology.link needs gb_s and latency_us where the cost model knows no devices, as in "

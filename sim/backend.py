@@ -16,6 +16,7 @@ from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
 from lab.errors import ConfigError, ModelError
+from sim import model_shape
 from sim.cost.linear import LinearCost
 from sim.cost.model import CostModel
 from sim.cost.physical import PhysicalCost
@@ -210,4 +211,8 @@ def _link(cfg: Config, replicas: Sequence[tuple[PhysicalCost, Capacity]] = ()) -
     wanted, ports = cfg.topology.link, [cost.hardware.network for cost, _ in replicas]
     rate = min(port.bytes_s for port in ports) if wanted.gb_s is None else wanted.gb_s * 1e9
     late = max(port.latency_s for port in ports) if wanted.latency_us is None else wanted.latency_us * 1e-6
-    return Link(rate, round(late * 1e9))
+    layers = 0
+    if wanted.layerwise:
+        shape = replicas[0][0].shape if replicas else model_shape.load(cfg.cost.model or cfg.model.name)
+        layers = shape.layers
+    return Link(rate, round(late * 1e9), layers)

@@ -15,7 +15,7 @@ from lab.assembly import ControlPlane
 from lab.control.clock import ControlTimer, MeasuredControl
 from lab.control.core import EngineCore
 from lab.control.loop import IDLE, serve
-from lab.control.plan import StepPlan
+from lab.control.plan import StepPlan, StepResult
 from lab.control.request import Request
 from sim.executor import SimExecutor
 from sim.moves import Failure, Link, Moves
@@ -52,6 +52,24 @@ class MeasuredOver(MeasuredControl):
         took = super().plan_ns(plan)
         self._executor.plan_ns(plan)
         return took
+
+
+class Watched:
+    """An executor whose plans somebody else wants to see."""
+
+    def __init__(self, executor: SimExecutor) -> None:
+        self.capacity, self.close = executor.capacity, executor.close
+        self._executor = executor
+        self._plan: StepPlan | None = None
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._plan = plan
+        return self._executor.execute(plan)
+
+    def taken(self) -> StepPlan | None:
+        """The plan that has been given since this was asked last."""
+        plan, self._plan = self._plan, None
+        return plan
 
 
 class Simulation:
@@ -167,7 +185,12 @@ class Simulation:
         if self._measured_control:
             price, timer = None, MeasuredOver(executor)
         coast = None if price is None else lambda now: core.coast(price, now, self._until(index, now))
-        for wait in serve(core, executor, timer, lambda: int(env._now), coast):
+        watched = (
+            Watched(executor) if self._moves.layerwise and self._fleet.role(index) == "prefill" else None
+        )
+        for wait in serve(core, watched or executor, timer, lambda: int(env._now), coast):
+            if watched is not None and (plan := watched.taken()) is not None:
+                self._moves.computing(core, plan, int(env.now), wait)
             if self._moves.pending:
                 self._moves.reserve(index, int(env.now))
             if wait == IDLE:

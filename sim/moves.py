@@ -3,7 +3,9 @@ data plane.
 
 A request that has its first token waits for room on the replica that is to decode it, then for the link, which
 carries one transfer after another; its blocks are kept at the source until the last byte has arrived. A request whose
-replica is lost keeps the tokens it has and is computed again elsewhere.
+replica is lost keeps the tokens it has and is computed again elsewhere. Where KV is sent layer by layer
+(`sim.layerwise`), the replica that is to decode is chosen when the prompt's first chunk begins; what arrives there
+before there is room lies beside the pool.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from lab.control.fleet import Fleet
 from lab.control.gateway import Gateway
 from lab.control.live import LiveRequest
 from lab.control.observer import Transfer
+from lab.control.plan import StepPlan
+from lab.control.request import RequestId
+from sim.layerwise import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class Link:
 
     bytes_s: float
     latency_ns: int = 0
+    layers: int = 0
+    """Parts that a prompt's KV is sent in while it is being computed; 0: as a whole, afterwards."""
 
     def wire_ns(self, size: int) -> int:
         """How long so many bytes occupy the link."""
@@ -55,6 +62,8 @@ class _Move:
     reserved: int = -1
     """When room was found; -1 while there is none."""
     called_off: bool = False
+    stream: Stream | None = None
+    """What has been sending its KV while it was computed."""
 
 
 class Moves:
@@ -80,6 +89,12 @@ class Moves:
         self._lost: list[LiveRequest] = []
         """Of lost replicas, requests that no other takes now."""
         self._moving: list[_Move] = []
+        self._streams: dict[RequestId, Stream] = {}
+        """Of prompts that are being computed, where KV is sent layer by layer."""
+        self._wasted: dict[RequestId, int] = {}
+        """Bytes that were sent of them in vain."""
+        self.carried = 0
+        """All bytes that went over the link."""
 
     @property
     def active(self) -> bool:
@@ -95,11 +110,70 @@ class Moves:
         """Whether a move waits for room on this replica."""
         return index in self.pending
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether KV is sent while it is being computed."""
+        return self._link is not None and self._link.layers > 0
+
+    # -- while the prompt is being computed ------------------------------------------------------------
+
+    def computing(self, source: EngineCore, plan: StepPlan, now: int, took: int) -> None:
+        """A replica that prefills begins this step, which takes so long."""
+        for name, how in plan.preempted:
+            if how == "recompute" and name in self._streams:
+                self._streams[name].restart()
+        for name in plan.released:
+            self._drop(name)
+        for work in plan.items:
+            stream = self._streams.get(work.request) or self._stream(work.request, source, now)
+            if stream is not None:
+                stream.chunk(work.start, work.tokens, now, took)
+
+    def _stream(self, name: RequestId, source: EngineCore, now: int) -> Stream | None:
+        """Begin to send a prompt's KV; None where nobody will need it, or nobody can take it now."""
+        assert self._link is not None
+        request = source.relocation.request(name)
+        if request.output_limit == 1:
+            return None
+        found = self._gateway.place(request, now, early=True)
+        core = self._fleet.ready(found[0]) if found is not None else None
+        if core is None:
+            return None
+        skip, link = core.cached(request), self._link
+        stream = Stream(
+            self._env, self._wire, source, core.replica, skip, link.layers, link.wire_ns, self._carry
+        )
+        self._streams[name] = stream
+        return stream
+
+    def _carry(self, size: int) -> None:
+        self.carried += size
+
+    def _drop(self, name: RequestId) -> None:
+        """What has been sent of a prompt is of no use."""
+        stream = self._streams.pop(name, None)
+        if stream is not None:
+            self._call_off(name, stream)
+
+    def _call_off(self, name: RequestId, stream: Stream) -> None:
+        stream.cancel()
+        self._wasted[name] = self._wasted.get(name, 0) + stream.sent + stream.wasted
+
     # -- from prefill to decode ------------------------------------------------------------------------
 
     def begin(self, live: LiveRequest, source: EngineCore, now: int) -> None:
         """A request has its first token, and its KV at `source`."""
-        self._place(_Move(live, source, now), now)
+        move = _Move(live, source, now)
+        stream = self._streams.get(live.request.id)
+        core = self._fleet.ready(stream.destination) if stream is not None else None
+        if stream is None or core is None:
+            self._drop(live.request.id)
+            self._place(move, now)
+            return
+        del self._streams[live.request.id]
+        stream.finish(now)
+        move.stream = stream
+        self._settle(move, core, now)
 
     def _place(self, move: _Move, now: int) -> None:
         found = self._gateway.place(move.old.request, now)
@@ -107,6 +181,10 @@ class Moves:
         if core is None:
             self._homeless.append(move)
             return
+        self._settle(move, core, now)
+
+    def _settle(self, move: _Move, core: EngineCore, now: int) -> None:
+        """This replica is to decode it."""
         move.destination, move.new = core, core.relocation.adopt(move.old)
         self.pending.setdefault(core.replica, []).append(move)
         self.reserve(core.replica, now)
@@ -130,29 +208,39 @@ class Moves:
     def _send(
         self, move: _Move, destination: EngineCore, new: LiveRequest
     ) -> Generator[simpy.Event, Any, None]:
-        env, link = self._env, self._link
+        env, link, stream = self._env, self._link, move.stream
         assert link is not None
-        capacity = move.source.capacity
-        size = -(-move.tokens * capacity.block_bytes // capacity.block_size)
-        sent = int(env.now)
-        if move.tokens:
+        capacity, name = move.source.capacity, move.old.request.id
+        tokens, sent, late = move.tokens, int(env.now), 0
+        if stream is not None:
+            yield stream.over
+            tokens = max(tokens - (move.old.computed - stream.skip), 0)  # cached there then, and not any more
+            late = max(stream.last + link.latency_ns - int(env.now), 0)
+            sent = max(sent, stream.resumed)
+        size = -(-tokens * capacity.block_bytes // capacity.block_size)
+        if tokens:
             with self._wire.request() as turn:
                 yield turn
-                sent = int(env.now)
+                if stream is None or stream.resumed < 0:
+                    sent = int(env.now)
                 if not move.called_off:
                     yield env.timeout(link.wire_ns(size))
-            yield env.timeout(link.latency_ns)
+                    self.carried += size
+            late = link.latency_ns
+        if tokens or late:
+            yield env.timeout(late)
         self._moving.remove(move)
         if move.called_off:
             self._idle()
             return
         now, source = int(env.now), move.source
+        size += self._wasted.pop(name, 0) + (0 if stream is None else stream.sent + stream.wasted)
         new.transfers.append(
             Transfer(
                 source.replica, destination.replica, move.tokens, size, move.ready, move.reserved, sent, now
             )
         )
-        source.relocation.let_go(move.old.request.id, now)
+        source.relocation.let_go(name, now)
         destination.relocation.arrive(new, now)
         self._wake(destination.replica)
         self._wake(source.replica)
@@ -162,6 +250,9 @@ class Moves:
 
     def lost(self, core: EngineCore, now: int) -> None:
         """Everything that this replica had, or that was on its way from or to it, is computed again elsewhere."""
+        for name, stream in list(self._streams.items()):
+            if core is stream.source or core.replica == stream.destination:
+                self._drop(name)
         gone = core.relocation.evacuate(now)
         gone = [live for live in gone if all(live is not move.new for move in self._moving)]
         off = [move for move in self._moving if core in (move.source, move.destination)]
@@ -177,6 +268,8 @@ class Moves:
             if move.called_off:
                 continue
             move.called_off = True
+            if move.stream is not None:
+                self._call_off(move.old.request.id, move.stream)
             if move.source is not core:  # its KV is still there
                 self._place(_Move(move.old, move.source, move.ready), now)
                 continue

@@ -63,6 +63,8 @@ class Gateway:
             self._listeners.append((self._named("admission", admission), admission.on_finish))
         if type(routing).on_finish is not RoutingPolicy.on_finish:
             self._listeners.append((self._named("routing", routing), routing.on_finish))
+        self._promised: dict[RequestId, int] = {}
+        """Where requests that prefill will decode, if they were placed early and somebody will hear how they end."""
         self._placed: Callable[..., Any] | None = None
         if placing is not None and type(placing).on_finish is not RoutingPolicy.on_finish:
             self._placed = placing.on_finish
@@ -107,11 +109,15 @@ class Gateway:
             return self._turn_away(request, refused, reason, now)
         return decision
 
-    def place(self, request: Request, now: int) -> tuple[int, str] | None:
-        """Which replica decodes a request that has its first token, and why; None while there is none."""
+    def place(self, request: Request, now: int, early: bool = False) -> tuple[int, str] | None:
+        """Which replica decodes a request that has its first token, and why; None while there is none. `early`: that
+        is being computed up to there."""
         assert self._placing is not None
         views = self._able(self._fleet.views(now), "decode")
-        return self._route(self._placing, request, views, now) if views else None
+        found = self._route(self._placing, request, views, now) if views else None
+        if early and self._placed is not None and found is not None:
+            self._promised[request.id] = found[0]
+        return found
 
     def again(self, request: Request, now: int) -> tuple[int, str] | None:
         """Which replica takes a request whose own is lost; None while there is none."""
@@ -156,8 +162,12 @@ class Gateway:
         ttft = times[0] - arrival if times else None
         ended = Ended(record.outcome, record.decision.replica, ttft, record.end - arrival, len(times))
         self._tell(record.request, ended, now)
-        if self._placed is not None and record.transfers:
+        if self._placed is None:
+            return
+        at = self._promised.pop(record.request.id, None)
+        if record.transfers:
             at = record.transfers[-1].destination
+        if at is not None:
             try:
                 self._placed(record.request, replace(ended, replica=at), now)
             except Exception as error:

@@ -59,6 +59,7 @@ class Transfer:
     tokens: int
     """Of KV that had to move: what the destination's prefix cache held didn't."""
     bytes: int
+    """That were sent, in vain or not."""
     ready: int
     """When the source had computed it; when room was reserved at the destination; when its first byte was sent, and
     when its last one arrived."""

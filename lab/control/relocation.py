@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lab.control.live import LiveRequest
-from lab.control.request import RequestId
+from lab.control.request import Request, RequestId
 from lab.state.blocks import Table
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ class Relocation:
         """Takes requests that have their first token: they go on elsewhere."""
         self.leaving: dict[RequestId, Table] = {}
         """Block tables of those that left, until `let_go`."""
+
+    def request(self, request_id: RequestId) -> Request:
+        """One that is here, in full."""
+        return self._core._requests[request_id].request
 
     def hand_over(self, live: LiveRequest, now: int) -> None:
         """A request leaves with its life so far; whoever takes it says when its KV has been read."""

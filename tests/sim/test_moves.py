@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,6 +38,7 @@ def serve(
     failures: Sequence[Failure] = (),
     cost: Any = None,
     replicas: int | None = None,
+    ended: Callable[[Simulation], object] | None = None,
     **more: Any,
 ) -> tuple[Recorder, dict[str, RequestRecord]]:
     count = replicas or len(roles)
@@ -55,6 +56,8 @@ def serve(
     executor = SimExecutor(cost or Cost(), capacity)
     simulation = Simulation(control, executor, requests, link=link, failures=failures)
     simulation.run()
+    if ended is not None:
+        ended(simulation)
     for core in control.fleet.cores:
         core.check()
         assert core.pool.held == 0

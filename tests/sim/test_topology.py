@@ -110,6 +110,9 @@ def test_kv_moves_at_the_pace_of_the_slower_end(opened: Opened, monkeypatch: pyt
     assert opened("topology=pd_hetero", "routing=round_robin")._link == Link(25e9, 9000)
     told = "topology.link.gb_s=10", "topology.link.latency_us=7"
     assert opened("topology=pd_1p1d", *told)._link == Link(10e9, 7000)
+    assert opened("topology=pd_1p1d", *told, "topology.link.layerwise=true")._link == Link(10e9, 7000, 32)
+    unshaped = "cost=reference", "topology.link.layerwise=true", "model=smollm2"
+    assert opened("topology=pd_1p1d", *told, *unshaped, "cost.model=null")._link == Link(10e9, 7000, 30)
     assert opened("topology=tp2")._link is None
 
 
@@ -209,6 +212,7 @@ def test_the_best_step_size_is_another_on_another_topology(composed: Composed, t
             "over 3 devices, and mixtral-8x7b has 8 experts",
         ),
         (["topology=tp8_ep8"], "llama-3.1-8b has no experts"),
+        (["topology=dp2", "topology.link.layerwise=true"], "sends KV from prefill to decode"),
         (["topology=pd_1p1d", "topology.link.latency_us=-1"], "topology.link.latency_us is -1.0"),
         (["topology=pd_1p1d", "cost=reference"], "topology.link needs gb_s and latency_us"),
         (["topology=hetero"], "leave all replicas but one idle"),
