@@ -66,7 +66,14 @@ def described(cls: type[Any], about: dict[str, tuple[str, Any]]) -> None:
     """Let `dataclasses` and `typing` know the fields of a compiled class (`lab.compiled.expand`): what each is
     annotated with, and its `field()`."""
     known: Any = make_dataclass(
-        cls.__name__, [(name, *saying) for name, saying in about.items()], init=False, repr=False, eq=False
+        cls.__name__,
+        [(name, *saying) for name, saying in about.items()],
+        init=False,
+        repr=False,
+        eq=False,
+        namespace={
+            "__doc__": cls.__name__
+        },  # else one is made of its signature, which takes longer than all the rest
     )
     given = tuple(name for name, (_, each) in about.items() if each.init and not each.kw_only)
     setattr(cls, "__dataclass_fields__", known.__dataclass_fields__)  # noqa: B010

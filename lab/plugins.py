@@ -61,14 +61,26 @@ def providers(kind: str) -> dict[str, list[Provider]]:
     return {name: known for name, known in found.items() if known}
 
 
-@functools.cache  # reads the metadata of every distribution that is installed
 def _entry_points(group: str, path: tuple[str, ...]) -> list[tuple[str, Provider]]:
     """The entry points of a group with what provides them, as things stand on this `sys.path`."""
     found = []
-    for point in importlib.metadata.entry_points(group=group):
-        dist, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
+    for point in _installed(path).select(group=group):
+        dist, version = _named(point.dist) if point.dist else ("", "")
         found.append((point.name, Provider(point.value.replace(" ", ""), dist, version)))
     return found
+
+
+@functools.cache  # looks at every distribution that is installed
+def _installed(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+    groups = {spec.group for spec in KINDS.values()}
+    every = importlib.metadata.entry_points()
+    points = [point for group in sorted(groups) for point in every.select(group=group)]
+    return importlib.metadata.EntryPoints(points)
+
+
+@functools.cache  # reads its metadata, and all entry points of a distribution have the same
+def _named(dist: importlib.metadata.Distribution) -> tuple[str, str]:
+    return dist.name, dist.version
 
 
 def names(kind: str) -> list[str]:

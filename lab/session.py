@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -213,6 +214,8 @@ def collector_at_rest() -> Iterator[None]:
     """Let Python's cycle collector look seldom: what a run makes has next to no cycles, and looking through all that
     lives takes a third of a simulation's time."""
     before = gc.get_threshold()
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)  # or Python looks through it all once more, only to end
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)

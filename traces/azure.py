@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from lab.control.request import Segment, stream_of
 from traces.files import Place, csv_rows, describe, shown, tokens
@@ -45,16 +46,27 @@ def timestamp_ns(place: Place, text: str) -> int:
     try:
         if match is None:
             raise ValueError
-        fraction, sign, hours, minutes = match.group(7, 8, 9, 10)
-        moment = datetime(*map(int, match.group(1, 2, 3, 4, 5, 6)), tzinfo=UTC)  # type: ignore[misc,arg-type]
-        if sign:
-            if int(hours) > 23 or int(minutes) > 59:
-                raise ValueError
-            shift = timedelta(hours=int(hours), minutes=int(minutes))
-            moment += -shift if sign == "+" else shift
+        *minute, second, fraction, sign, hours, minutes = match.groups()
+        if second > "59":
+            raise ValueError
+        began = _minute_s(*minute, sign, hours, minutes)
     except (ValueError, OverflowError):
         raise place.at("TIMESTAMP").error(
             f"{shown(text)}; expected a time such as 2023-11-16 18:17:03.9799600"
         ) from None
+    return (began + int(second)) * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))
+
+
+@lru_cache(maxsize=64)  # rows come in order
+def _minute_s(
+    year: str, month: str, day: str, hour: str, minute: str, sign: str | None, hours: str, minutes: str
+) -> int:
+    """When a minute begins, seconds since the year 2000. Raises `ValueError`, `OverflowError`."""
+    moment = datetime(int(year), int(month), int(day), int(hour), int(minute), tzinfo=UTC)
+    if sign:
+        if int(hours) > 23 or int(minutes) > 59:
+            raise ValueError
+        shift = timedelta(hours=int(hours), minutes=int(minutes))
+        moment += -shift if sign == "+" else shift
     since = moment - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))
+    return since.days * 86_400 + since.seconds

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ Run: TypeAlias = tuple[bytes, int, int]
 """Keys of blocks side by side that differ in their number alone: what comes before it, the first number, how many."""
 
 
+@lru_cache(maxsize=1 << 10)
 def root_key(salt: str) -> bytes:
     """Key before the first block; different salts never share."""
     return blake2b(salt.encode(), digest_size=16, person=b"diptych-kv").digest()
