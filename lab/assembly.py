@@ -42,6 +42,8 @@ class EngineSpec:
             engine, fleet = config["engine"], config["fleet"]
             slots = topology.slots(config.get("topology", {}))
             replicas = len(slots) or fleet["replicas"]
+            groups = topology.scaled(config.get("topology", {}))
+            more = sum(group.most - group.least for group in groups)
             return cls(
                 policies={seam: config[seam] for seam in SEAMS},
                 limits=Limits(engine["token_budget"], engine["max_seqs"], engine["chunk"]),
@@ -49,11 +51,12 @@ class EngineSpec:
                 seed=config["seed"],
                 fleet=FleetSpec(
                     replicas=replicas,
-                    most=fleet["most"] or replicas,
+                    most=replicas + more if more else fleet["most"] or replicas,
                     cold_start=round(fleet["cold_start_s"] * 1e9),
                     refresh=round(fleet["refresh_ms"] * 1e6),
                     noise=fleet["noise"],
                     roles=tuple(slot.role for slot in slots),
+                    groups=groups,
                 ),
                 joins_late=bool(config.get("mechanisms", {}).get("async_scheduling", False)),
                 last_block=bool(config.get("mechanisms", {}).get("last_block", True)),
@@ -143,7 +146,8 @@ def assemble(
         return core
 
     rng = random.Random(stream_of("fleet views", spec.seed))
-    fleet = Fleet(make, spec.create("scaling"), spec.fleet, rng=rng, observer=observer)
+    scalings = [spec.create("scaling", n) for n in range(len(spec.fleet.groups) or 1)]
+    fleet = Fleet(make, scalings[0], spec.fleet, rng=rng, observer=observer, scalings=scalings)
     # The policy of the second choice is one of its own: a policy that takes turns would else skip replicas.
     placing = spec.create("routing", 1) if "decode" in spec.fleet.roles else None
     gateways.append(Gateway(spec.create("admission"), spec.create("routing"), fleet, observer, placing))

@@ -591,6 +591,9 @@ class FleetView:
     """Requests that ended since the last look, and those of them that met their objectives."""
     rejected: int = 0
     """Requests that the gateway turned away since the last look."""
+    group: str = ""
+    """Where groups of a topology are scaled apart: the one that this is about. Each has a policy of its own, which sees
+    this group's replicas; requests are counted for all groups together."""
 
 
 class ScalingPolicy:

@@ -27,6 +27,7 @@ class GroupConfig:
     """Replicas that are alike."""
 
     count: int = _option(1, "replicas")
+    most: int | None = _option(None, "replicas that the scaling policy may reach; null: as many as `count`")
     role: str = _option("mixed", "mixed, prefill (up to the first token), decode (what follows)")
     hardware: str | None = _option(None, "their device; null: cost.hardware")
     tp: int | None = _option(None, "devices that share each layer; null: cost.tensor_parallel")
@@ -107,6 +108,28 @@ TOPOLOGIES: Mapping[str, tuple[str, TopologyConfig]] = types.MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """A group whose replicas a scaling policy of its own adds to."""
+
+    group: str
+    first: int
+    """Its first replica's place among those of the topology."""
+    least: int
+    most: int
+
+
+def scaled(topology: Mapping[str, Any]) -> tuple[Scaled, ...]:
+    """The groups that may grow, in their order."""
+    found, first = [], 0
+    for name, group in (topology.get("groups") or {}).items():
+        count, most = int(group["count"]), group.get("most")
+        if most is not None and most > count:
+            found.append(Scaled(str(name), first, count, int(most)))
+        first += count
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One replica's place in a topology: which group it belongs to, and what that is there for."""
 
@@ -139,6 +162,10 @@ def validate(topology: TopologyConfig, shaped: bool) -> None:
             value = getattr(group, what)
             if value is not None and not 1 <= value <= MOST_DEVICES:
                 raise ConfigError(f"{key}.{what} is {value}; expected 1 to {MOST_DEVICES}.")
+        if group.most is not None and not group.count <= group.most <= MOST_DEVICES:
+            raise ConfigError(
+                f"{key}.most is {group.most}; expected {group.count}, its count, to {MOST_DEVICES}."
+            )
         if not 1 <= group.imbalance < math.inf:
             raise ConfigError(f"{key}.imbalance is {group.imbalance}; expected a finite number, at least 1.")
         if not shaped:
@@ -177,5 +204,5 @@ def validate(topology: TopologyConfig, shaped: bool) -> None:
 def _devices(group: GroupConfig) -> Iterator[str]:
     """What of a group only a cost model with devices can say."""
     for item in fields(GroupConfig):
-        if item.name not in ("count", "role") and getattr(group, item.name) != item.default:
+        if item.name not in ("count", "most", "role") and getattr(group, item.name) != item.default:
             yield item.name

@@ -132,10 +132,12 @@ def _fleet(cfg: Config) -> None:
             )
     if fleet.failures and (cfg.backend != "sim" or cfg.cost.name == "replay"):
         raise ConfigError("fleet.failures are made; expected backend=sim, and another cost than replay.")
-    roles = [slot.role for slot in topology.slots(dataclasses.asdict(cfg.topology))]
     to_choose = fleet.most or fleet.replicas
     if topology.disaggregated(cfg.topology):
-        to_choose = max(roles.count("prefill"), roles.count("decode"))
+        to_choose = max(
+            sum(group.most or group.count for group in cfg.topology.groups.values() if group.role == role)
+            for role in ("prefill", "decode")
+        )
     if cfg.routing.name == SEAMS["routing"] and to_choose > 1:
         raise ConfigError(
             f"routing={cfg.routing.name} would leave all replicas but one idle; expected another, such as "
@@ -159,10 +161,15 @@ def _grouped(cfg: Config) -> FleetConfig:
     if cfg.cost.name == "replay":
         raise ConfigError(f"cost=replay is one recorded replica, and topology={name} asks for another fleet.")
     count = sum(group.count for group in cfg.topology.groups.values())
-    if fleet.most is not None and len(cfg.topology.groups) > 1:
+    mosts = {key: group.most for key, group in cfg.topology.groups.items() if group.most is not None}
+    if fleet.most is not None and (mosts or len(cfg.topology.groups) > 1):
         raise ConfigError(
-            f"fleet.most is {fleet.most}, and topology={name} has {len(cfg.topology.groups)} groups; expected one, "
-            "since nothing says which of them is to grow."
+            f"fleet.most is {fleet.most}, and topology={name} has groups: {', '.join(cfg.topology.groups)}; expected "
+            "topology.groups.GROUP.most of those that are to grow."
+        )
+    if mosts:
+        fleet = dataclasses.replace(
+            fleet, most=sum(group.most or group.count for group in cfg.topology.groups.values())
         )
     if topology.disaggregated(cfg.topology):
         if cfg.sampling.n > 1:

@@ -195,9 +195,10 @@ class Simulation:
                 self._moves.reserve(index, int(env.now))
             if wait == IDLE:
                 over = self._next == len(self._requests) and not self._moves.active and not self._coming
-                if core.has_work and (over or self._fleet.draining(index)):
+                leaves = self._fleet.draining(index) and not self._moves.concern(core)
+                if core.has_work and (over or leaves):
                     raise core.stalled()
-                if self._fleet.draining(index):
+                if leaves:
                     self._fleet.left(index, int(env.now))
                     break
                 # Idle to the end: the scaling policy may still send it away while others are busy.
@@ -245,9 +246,9 @@ class Simulation:
             yield env.timeout(ready - int(env.now))
             self._coming -= 1
             fresh = self._fleet.started(index, int(env.now))
-            assert fresh is not None
-            self._serve(fresh)
-            self._moves.somebody_is_up(int(env.now))
+            if fresh is not None:  # the scaling policy may have called it off
+                self._serve(fresh)
+                self._moves.somebody_is_up(int(env.now))
         self._end_if_over()
 
     def _looks(self) -> Generator[simpy.Event, Any, None]:
@@ -259,6 +260,8 @@ class Simulation:
                 env.process(self._start(index, ready - int(env.now)))
             for index in [index for index in self._idle if self._fleet.draining(index)]:
                 self._wake(index)
+            if self._moves.active:
+                self._moves.somebody_is_up(int(env.now))  # recalled
 
     def _start(self, index: int, cold: int) -> Generator[simpy.Event, Any, None]:
         yield self._env.timeout(cold)

@@ -106,6 +106,13 @@ class Moves:
         """Whether any is that will get somewhere as things are."""
         return bool(self._moving or self.pending)
 
+    def concern(self, core: EngineCore) -> bool:
+        """Whether any request is on its way from or to this replica."""
+        waiting = [move for moves in self.pending.values() for move in moves]
+        return any(
+            core in (move.source, move.destination) for move in (*self._moving, *waiting, *self._homeless)
+        )
+
     def waits_for(self, index: int) -> bool:
         """Whether a move waits for room on this replica."""
         return index in self.pending

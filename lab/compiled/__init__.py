@@ -55,7 +55,9 @@ _BESIDE = (
     "lab.errors",
     "lab.frozen",
     "lab.policy",
+    "lab.topology",
     "sim.cost.model",
+    "sim.layerwise",
     "sim.moves",
 )
 """What else decides what is compiled: how, and what it is compiled against."""

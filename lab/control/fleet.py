@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lab.control.blame import blame
@@ -16,6 +16,7 @@ from lab.control.core import EngineCore
 from lab.control.observer import FleetEvent, Observer
 from lab.errors import PolicyError
 from lab.policy import FleetView, ReplicaView, ScalingPolicy
+from lab.topology import Scaled
 
 FAILED = "failed"
 """Why a replica is gone that was lost."""
@@ -36,6 +37,8 @@ class FleetSpec:
     """Log-standard deviation of the counts in views."""
     roles: tuple[str, ...] = ()
     """What the replicas of the beginning are there for, in their order (`lab.topology`); none: all are `mixed`."""
+    groups: tuple[Scaled, ...] = ()
+    """Groups that are scaled apart; none: all replicas are scaled together, if at all."""
 
 
 class Fleet:
@@ -49,9 +52,12 @@ class Fleet:
         *,
         rng: random.Random | None = None,
         observer: Observer | None = None,
+        scalings: Sequence[ScalingPolicy] = (),
     ) -> None:
-        """`make` gets a replica's index, and its place in the topology (`slots`)."""
+        """`make` gets a replica's index, and its place in the topology (`slots`). `scalings`: of each group that is
+        scaled apart."""
         self.spec, self.scaling = spec, scaling
+        self._scalings = list(scalings)
         self.slots: dict[int, int] = {}
         """By index, a replica's place among those of the beginning; what is started later takes the place of one."""
         self._make, self._rng = make, rng or random.Random(0)
@@ -148,48 +154,81 @@ class Fleet:
     # -- what changes ----------------------------------------------------------------------------------
 
     def look(self, now: int) -> list[tuple[int, int]]:
-        """Ask the scaling policy, and act on it. Returns (index, time it will be ready) of what starts."""
-        spec = self.spec
-        seen = FleetView(
-            tuple(self.views(now)), len(self._starting), len(self._draining), spec.replicas, spec.most,
-            self._arrived, self._finished, self._met, self._rejected,
-        )  # fmt: skip
+        """Ask the scaling policy, of each group that is scaled apart, and act on it. Returns (index, time it will be
+        ready) of what starts."""
+        told = (self._arrived, self._finished, self._met, self._rejected)
         self._arrived = self._finished = self._met = self._rejected = 0
-        name = type(self.scaling).__name__
+        if not self.spec.groups:
+            return self._ask(None, self.scaling, told, now)
+        started = []
+        for group, scaling in zip(self.spec.groups, self._scalings, strict=True):
+            started += self._ask(group, scaling, told, now)
+        return started
+
+    def _ask(
+        self, group: Scaled | None, scaling: ScalingPolicy, told: tuple[int, int, int, int], now: int
+    ) -> list[tuple[int, int]]:
+        least, most, called = self.spec.replicas, self.spec.most, ""
+        views = self.views(now)
+        if group is not None:
+            least, most, called = group.least, group.most, group.group
+            views = [view for view in views if self._within(group, view.index)]
+            if not views:  # lost, all of them: nothing to look at
+                return self._grow(group, least, f"{called}: none is ready", now)
+        starting = len(self._those(group, self._starting))
+        draining = len(self._those(group, self._draining))
+        seen = FleetView(tuple(views), starting, draining, least, most, *told, group=called)
+        name = type(scaling).__name__
         try:
-            answer = self.scaling.target(seen, now)
+            answer = scaling.target(seen, now)
         except Exception as error:
             raise blame(error, f"scaling policy '{name}'", f"at {now / 1e9:.3f} s") from error
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], int)):
             raise PolicyError(
                 f"scaling policy '{name}': target() returned {answer!r}; expected (replicas, reason)"
             )
-        target, reason = min(max(answer[0], spec.replicas), spec.most), str(answer[1])
-        return self._grow(target, reason, now) + self._shrink(target, reason, now)
+        target, reason = min(max(answer[0], least), most), str(answer[1])
+        if group is not None:
+            reason = f"{called}: {reason}"
+        return self._grow(group, target, reason, now) + self._shrink(group, target, reason, now)
 
-    def _grow(self, target: int, reason: str, now: int) -> list[tuple[int, int]]:
+    def _within(self, group: Scaled | None, index: int) -> bool:
+        """Whether a replica is one of the group's."""
+        return group is None or group.first <= self.slots[index] < group.first + group.least
+
+    def _those(self, group: Scaled | None, indices: Iterable[int]) -> list[int]:
+        return [index for index in indices if self._within(group, index)]
+
+    def _up(self, group: Scaled | None) -> int:
+        """How many are ready or starting."""
+        return len(self._those(group, self._ready)) + len(self._those(group, self._starting))
+
+    def _grow(self, group: Scaled | None, target: int, reason: str, now: int) -> list[tuple[int, int]]:
         started = []
-        while len(self._ready) + len(self._starting) < target:
-            if self._draining:
-                index = max(self._draining)
+        while self._up(group) < target:
+            recalled = self._those(group, self._draining)
+            if recalled:
+                index = max(recalled)
                 self._ready[index] = self._draining.pop(index)
                 self._changed(now, index, "recall", target, reason)
                 continue
             index, self._next = self._next, self._next + 1
-            self.slots[index] = 0
+            self.slots[index] = 0 if group is None else group.first
             self._starting[index] = now + self.spec.cold_start
             self._tell(now, index, "start", target, reason)
             started.append((index, self._starting[index]))
         return started
 
-    def _shrink(self, target: int, reason: str, now: int) -> list[tuple[int, int]]:
-        while len(self._ready) + len(self._starting) > target:
-            if self._starting:
-                index = max(self._starting)
+    def _shrink(self, group: Scaled | None, target: int, reason: str, now: int) -> list[tuple[int, int]]:
+        while self._up(group) > target:
+            starting = self._those(group, self._starting)
+            if starting:
+                index = max(starting)
                 del self._starting[index]
                 self._tell(now, index, "gone", target, reason)
                 continue
-            index = min(self._ready, key=lambda i: (self._ready[i].waiting + self._ready[i].running, -i))
+            ready = self._those(group, self._ready)
+            index = min(ready, key=lambda i: (self._ready[i].waiting + self._ready[i].running, -i))
             self._draining[index] = self._ready.pop(index)
             self._changed(now, index, "drain", target, reason)
         return []
