@@ -36,6 +36,11 @@ if not hasattr(lab, "shadowed"):
     )
 
 INTERRUPTED = 130
+NEEDED = (
+    "bokeh", "hydra", "jinja2", "matplotlib", "numpy", "omegaconf", "opentelemetry", "pandas", "pyarrow", "rich",
+    "scipy", "seaborn", "simpy", "yaml",
+)  # fmt: skip
+"""Packages that any installation of Diptych has: a Python without one of them isn't one that it was installed in."""
 FLAGS = ("--help", "--multirun", "--cfg", "--config-dir", "-h", "-m", "-c", "-cd")
 
 
@@ -85,6 +90,14 @@ def guarded(body: Callable[[], int | None]) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader of our output went away, as in `... --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NEEDED:
+            raise
+        _say(
+            f"error: {sys.executable} has no package '{error.name}', which Diptych needs; activate the environment "
+            "that it is installed in (`make run` makes .venv), or install it into this one: pip install -e ."
+        )
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

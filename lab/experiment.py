@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ def _job(cfg: Config) -> Job:
         return replayed(cfg)
     requests, source = workload(cfg)
     spec = EngineSpec.of(dataclasses.asdict(cfg))
-    return Job(cfg, requests, source, spec, config_yaml(cfg), f"{cfg.policy.name}-{cfg.trace.name}")
+    policy = Path(re.sub(r"\.py(?=:|$)", "", cfg.policy.name)).name  # of a loose file, without where it lies
+    return Job(cfg, requests, source, spec, config_yaml(cfg), f"{policy}-{cfg.trace.name}")
 
 
 def _timeline(finished: Mapping[str, Ran], path: Path) -> None:

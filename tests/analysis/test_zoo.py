@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lab.analysis.fairness import jain, max_min, service
 from lab.analysis.studies.figures import BASE, GREY, highlighted
 from lab.analysis.studies.labels import beside, rail, spread
-from lab.analysis.studies.table import tables
+from lab.analysis.studies.table import busy, tables
+from lab.control.observer import FleetEvent
 from tests.oracles.test_fairness import differences
 
 SECOND = 1_000_000_000
@@ -44,6 +45,15 @@ def test_one_tenant_served_and_one_that_waits() -> None:
     )  # b lacks 30 of the 300 that it asks for within the window
     assert found.difference[5] == pytest.approx(0.0)  # D counts what arrives within the window alone
     assert found.jain == pytest.approx(0.5)  # one of two has everything
+
+
+def test_busy_is_of_the_time_that_replicas_were_up() -> None:
+    steps = pd.DataFrame({"start_ns": [0, 40, 20, 90], "end_ns": [40, 100, 60, 130]})
+    ready = [FleetEvent(0, 0, "ready", 2, "initial"), FleetEvent(20, 1, "start", 2, "")]
+    # Between 10 and 110: 30 + 60 + 40 + 20 in steps; up for 100 and 90, or until one goes.
+    assert busy(steps, ready, 10, 110) == pytest.approx(150 / 190)
+    assert busy(steps, [*ready, FleetEvent(60, 1, "gone", 1, "")], 10, 110) == pytest.approx(150 / 140)
+    assert busy(steps, [], 10, 110) == pytest.approx(1.5)
 
 
 def test_equal_service_is_fair_and_so_is_an_idle_tenant() -> None:

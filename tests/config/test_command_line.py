@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lab.cli import NEEDED
 
 Command = Callable[..., Any]
 
@@ -244,6 +249,24 @@ def test_a_bug_keeps_its_traceback(command: Command) -> None:
     done = command(body="raise KeyError('a bug')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_a_python_without_the_packages_is_named(environment: dict[str, str]) -> None:
+    words = [sys.executable, "-S", "-m", "lab.experiment", "backend=sim"]  # -S: no site-packages
+    root = Path(__file__).parents[2]
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no package 'hydra'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_packages_that_are_needed_are_those_declared() -> None:
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ]
+    installed = importlib.metadata.packages_distributions()
+    provided = {name.lower() for package in NEEDED for name in installed[package]}
+    assert {re.split("[<>=]", each)[0] for each in declared} <= provided
 
 
 def test_a_full_disk_is_one_sentence(command: Command) -> None:

@@ -38,6 +38,17 @@ def test_both_sides_a_diff_and_a_report_are_left_and_named(
         assert words in done.stdout
 
 
+def test_a_new_run_directory_is_named_by_policy_and_trace_not_by_where_a_file_lies(tmp_path: Path) -> None:
+    (tmp_path / "ideas").mkdir()
+    source = "from policies.scheduling.fcfs import Fcfs\n\n\nclass Mine(Fcfs): ...\n"
+    (tmp_path / "ideas" / "mine.py").write_text(source)
+    for word in ("./ideas/mine.py", "./ideas/mine.py:Mine", "policies.scheduling.fcfs:Fcfs"):
+        done = run(["backend=sim", f"policy={word}", *QUICK], tmp_path)
+        assert done.returncode == 0, done.stderr
+    names = {path.name.split("-", 2)[2].rpartition("-")[0] for path in (tmp_path / "runs").iterdir()}
+    assert names == {"mine-poisson", "mine-Mine-poisson", "policies.scheduling.fcfs-Fcfs-poisson"}
+
+
 def test_the_machines_speed_around_the_real_run_is_kept_and_said(
     both: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 from lab.observe.metrics import METRICS
 
@@ -36,19 +39,24 @@ def test_where_the_readme_says_things_are_they_are() -> None:
         assert (ROOT / path).exists(), f"the README names {path}"
 
 
-def test_every_option_that_the_readme_sets_exists() -> None:
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("README.md", 6), ("docs/topology.md", 6), ("docs/gpu.md", 1), ("traces/README.md", 3)],
+)
+def test_every_option_that_a_page_sets_exists(page: str, least: int) -> None:
     from lab import compose
 
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"python -m lab\.experiment ([^\n#`]*(?:\\\\\n[^\n#]*)?)", readme)
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"python -m lab\.experiment ((?:[^\n#`\\]|\\\n)*)", text)
     checked = 0
     with compose.composer() as composer:
         for block in blocks:
-            words = [w for w in block.replace("\\\n", " ").split() if "=" in w and "mine.py" not in w]
+            words = shlex.split(block.replace("\\\n", " "))
+            words = [w for w in words if "=" in w and "mine.py" not in w]
             words = [w for w in words if not w.startswith("policy.width")]
             if any(word.startswith("+experiment=") for word in words):
                 continue  # needs experiments/conf: tests/experiment/test_studies.py
             for job in composer.jobs(words, sweep=True):
                 composer.config(job)
                 checked += 1
-    assert checked >= 6
+    assert checked >= least

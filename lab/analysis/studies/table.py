@@ -22,6 +22,7 @@ from lab.errors import RunError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lab.control.observer import FleetEvent
     from lab.studies import StudyRun
 
 KEYS = ("study", "workload", "name")
@@ -167,13 +168,25 @@ def _fairness(run: Run) -> dict[str, float]:
 
 
 def _load(run: Run) -> dict[str, float]:
-    """How busy the engine was while requests arrived."""
-    steps, last = run.steps, float(run.requests["arrival_ns"].max())
-    first = float(run.requests["arrival_ns"].min())
-    if last <= first:
-        return {}
-    busy = (steps["end_ns"].clip(upper=last) - steps["start_ns"].clip(upper=last)).sum()
-    return {"busy": float(busy) / (last - first)}
+    """How busy the engines were while requests arrived."""
+    arrivals = run.requests["arrival_ns"]
+    first, last = int(arrivals.min()), int(arrivals.max())
+    return {"busy": busy(run.steps, run.fleet_events(), first, last)} if first < last else {}
+
+
+def busy(steps: pd.DataFrame, events: Sequence[FleetEvent], first: int, last: int) -> float:
+    """Time in steps over time up, of all replicas together, between two times (ns)."""
+    working = (steps["end_ns"].clip(first, last) - steps["start_ns"].clip(first, last)).sum()
+    begun: dict[int, int] = {}
+    gone: dict[int, int] = {}
+    for event in events:
+        begun.setdefault(event.replica, event.at)
+        if event.event == "gone":
+            gone[event.replica] = event.at
+    up = sum(
+        max(0, min(gone.get(replica, last), last) - max(start, first)) for replica, start in begun.items()
+    )
+    return float(working) / (up or last - first)
 
 
 def _against_bounds(frame: pd.DataFrame, keys: list[str], runs: Sequence[StudyRun]) -> pd.DataFrame:
