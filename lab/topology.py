@@ -37,15 +37,23 @@ class GroupConfig:
         None,
         "devices that share out the experts; beyond tp, groups of tp have requests of their own; null: 1",
     )
+    nodes: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "node of each of its replicas, as in [0, 0, 1]; none, in all groups: one link for all KV"
+        },
+    )
     imbalance: float = _option(1.0, "ep: work of the busiest device's experts over the mean")
 
 
 @dataclass
 class LinkConfig:
-    """What KV moves over from prefill to decode replicas: one link for all of them."""
+    """What KV moves over from prefill to decode replicas: one link for all, or for each pair of their nodes."""
 
     gb_s: float | None = _option(None, "bandwidth; null: the slower end's network port")
     latency_us: float | None = _option(None, "until the first byte is there; null: the slower end's")
+    node_gb_s: float | None = _option(None, "bandwidth inside a node; null: the slower end's device link")
+    node_latency_us: float | None = _option(None, "the same until the first byte; null: the slower end's")
     layerwise: bool = _option(False, "send a prompt's KV layer by layer while it is being computed")
 
 
@@ -135,14 +143,15 @@ class Slot:
 
     group: str
     role: str
+    node: int | None = None
 
 
 def slots(topology: Mapping[str, Any]) -> tuple[Slot, ...]:
     """A replica for each, in order of the groups; from the configuration as plain data."""
     return tuple(
-        Slot(str(name), str(group["role"]))
+        Slot(str(name), str(group["role"]), (group.get("nodes") or [None] * group["count"])[n])
         for name, group in (topology.get("groups") or {}).items()
-        for _ in range(group["count"])
+        for n in range(group["count"])
     )
 
 
@@ -185,9 +194,10 @@ def validate(topology: TopologyConfig, shaped: bool) -> None:
         raise ConfigError(
             f"topology {topology.name} has mixed replicas beside prefill and decode; expected one kind or the other."
         )
-    for what in ("gb_s", "latency_us"):
+    _validate_nodes(topology, shaped)
+    for what in ("gb_s", "latency_us", "node_gb_s", "node_latency_us"):
         value = getattr(topology.link, what)
-        if value is not None and not (0 <= value < math.inf and (value or what != "gb_s")):
+        if value is not None and not (0 <= value < math.inf and (value or "gb_s" not in what)):
             raise ConfigError(f"topology.link.{what} is {value}; expected a finite number above 0.")
     if topology.link.layerwise and not disaggregated(topology):
         raise ConfigError(
@@ -201,8 +211,36 @@ def validate(topology: TopologyConfig, shaped: bool) -> None:
         )
 
 
+def _validate_nodes(topology: TopologyConfig, shaped: bool) -> None:
+    """All groups name their replicas' nodes, or none does."""
+    named = [name for name, group in topology.groups.items() if group.nodes]
+    inside = {"node_gb_s": topology.link.node_gb_s, "node_latency_us": topology.link.node_latency_us}
+    for what, value in inside.items():
+        if value is not None and not named:
+            raise ConfigError(
+                f"topology.link.{what} is {value}, and no group says on which nodes its replicas are; expected "
+                "topology.groups.GROUP.nodes, such as [0, 1]."
+            )
+    if named and not disaggregated(topology):
+        raise ConfigError(
+            f"topology.groups.{named[0]}.nodes says where KV moves, and topology {topology.name} moves none; expected "
+            "one with prefill and decode replicas, such as topology=pd_2p2d."
+        )
+    for name, group in topology.groups.items() if named else ():
+        if len(group.nodes) != group.count or min(group.nodes) < 0:
+            raise ConfigError(
+                f"topology.groups.{name}.nodes is {list(group.nodes)}; expected a number, at least 0, for each of its "
+                f"{group.count} replicas, since group {named[0]} names its nodes."
+            )
+    if named and not shaped and None in inside.values():
+        raise ConfigError(
+            "topology.link needs node_gb_s and node_latency_us where the cost model knows no devices, as in "
+            "topology.link.node_gb_s=100 topology.link.node_latency_us=2."
+        )
+
+
 def _devices(group: GroupConfig) -> Iterator[str]:
     """What of a group only a cost model with devices can say."""
     for item in fields(GroupConfig):
-        if item.name not in ("count", "most", "role") and getattr(group, item.name) != item.default:
+        if item.name not in ("count", "most", "role", "nodes") and getattr(group, item.name) != item.default:
             yield item.name

@@ -16,7 +16,7 @@ from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
 from lab.errors import ConfigError, ModelError
-from sim import model_shape
+from sim import hardware, model_shape
 from sim.cost.linear import LinearCost
 from sim.cost.model import CostModel
 from sim.cost.physical import PhysicalCost
@@ -26,7 +26,8 @@ from sim.described import described_capacity, group_config, power, shaped_cost
 from sim.driver import Simulation
 from sim.executor import Output, SimExecutor
 from sim.fitted import REFERENCE, fitted, fitted_capacity
-from sim.moves import Failure, Link
+from sim.links import Link, Network
+from sim.moves import Failure
 from sim.probes import Watch, speed_of
 from sim.recorded import recorded_capacity, recorded_cost
 
@@ -48,7 +49,7 @@ class SimBackend:
         mechanisms: MechanismsConfig | None = None,
         console: Console | None = None,
         replicas: Sequence[tuple[CostModel, Capacity]] = (),
-        link: Link | None = None,
+        link: Link | Network | None = None,
         failures: Sequence[Failure] = (),
         watch: Watch | None = None,
     ) -> None:
@@ -204,15 +205,35 @@ def _failures(cfg: Config) -> list[Failure]:
     ]
 
 
-def _link(cfg: Config, replicas: Sequence[tuple[PhysicalCost, Capacity]] = ()) -> Link | None:
-    """What KV moves over: as configured, else the slowest network port at either end."""
+def _link(cfg: Config, replicas: Sequence[tuple[PhysicalCost, Capacity]] = ()) -> Link | Network | None:
+    """What KV moves over: as configured, else the slower end's port; one link for all where no nodes are named."""
     if not topology.disaggregated(cfg.topology):
         return None
-    wanted, ports = cfg.topology.link, [cost.hardware.network for cost, _ in replicas]
-    rate = min(port.bytes_s for port in ports) if wanted.gb_s is None else wanted.gb_s * 1e9
-    late = max(port.latency_s for port in ports) if wanted.latency_us is None else wanted.latency_us * 1e-6
-    layers = 0
+    wanted, layers = cfg.topology.link, 0
     if wanted.layerwise:
         shape = replicas[0][0].shape if replicas else model_shape.load(cfg.cost.model or cfg.model.name)
         layers = shape.layers
-    return Link(rate, round(late * 1e9), layers)
+
+    def made(ports: Sequence[hardware.Link], gb_s: float | None, latency_us: float | None) -> Link:
+        rate = min(port.bytes_s for port in ports) if gb_s is None else gb_s * 1e9
+        late = max(port.latency_s for port in ports) if latency_us is None else latency_us * 1e-6
+        return Link(rate, round(late * 1e9), layers)
+
+    devices = [cost.hardware for cost, _ in replicas]
+    places = topology.slots(asdict(cfg.topology))
+    nodes = tuple(place.node for place in places if place.node is not None)
+    if not nodes:
+        return made([device.network for device in devices], wanted.gb_s, wanted.latency_us)
+    links: dict[tuple[int, int], Link] = {}
+    sources, destinations = ([p.node for p in places if p.role == role] for role in ("prefill", "decode"))
+    for way in sorted({(a, b) for a in sources for b in destinations if a is not None and b is not None}):
+        ends = [
+            device
+            for device, place in zip(devices, places, strict=False)
+            if (place.role, place.node) in (("prefill", way[0]), ("decode", way[1]))
+        ]
+        if way[0] == way[1]:
+            links[way] = made([end.link for end in ends], wanted.node_gb_s, wanted.node_latency_us)
+        else:
+            links[way] = made([end.network for end in ends], wanted.gb_s, wanted.latency_us)
+    return Network(links, nodes)

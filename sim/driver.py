@@ -18,7 +18,8 @@ from lab.control.loop import IDLE, serve
 from lab.control.plan import StepPlan, StepResult
 from lab.control.request import Request
 from sim.executor import SimExecutor
-from sim.moves import Failure, Link, Moves
+from sim.links import Link, Network
+from sim.moves import Failure, Moves
 
 NEVER = 1 << 62
 
@@ -88,7 +89,7 @@ class Simulation:
         api_ns: int = 0,
         measured_control: bool = False,
         executors: Sequence[SimExecutor] = (),
-        link: Link | None = None,
+        link: Link | Network | None = None,
         failures: Sequence[Failure] = (),
     ) -> None:
         """`api_ns`: from a request's arrival until the gateway hears of it. `measured_control`: planning takes what it

@@ -1,4 +1,4 @@
-"""Requests on their way from one replica to another: KV over a shared link, and what a lost replica had. State path,
+"""Requests on their way from one replica to another: KV over shared links, and what a lost replica had. State path,
 data plane.
 
 A request that has its first token waits for room on the replica that is to decode it, then for the link, which
@@ -24,20 +24,7 @@ from lab.control.observer import Transfer
 from lab.control.plan import StepPlan
 from lab.control.request import RequestId
 from sim.layerwise import Stream
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Bytes a second, and nanoseconds until the first byte is there. Those don't keep the next transfer waiting."""
-
-    bytes_s: float
-    latency_ns: int = 0
-    layers: int = 0
-    """Parts that a prompt's KV is sent in while it is being computed; 0: as a whole, afterwards."""
-
-    def wire_ns(self, size: int) -> int:
-        """How long so many bytes occupy the link."""
-        return round(size / self.bytes_s * 1e9)
+from sim.links import Link, Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +61,16 @@ class Moves:
         env: simpy.Environment,
         gateway: Gateway,
         fleet: Fleet,
-        link: Link | None,
+        link: Link | Network | None,
         wake: Callable[[int], None],
         idle: Callable[[], None],
     ) -> None:
         """`wake`: a replica may have something to do. `idle`: a move has ended."""
         self._env, self._gateway, self._fleet = env, gateway, fleet
-        self._link, self._wake, self._idle = link, wake, idle
-        self._wire = simpy.Resource(env, capacity=1)
+        self._wake, self._idle = wake, idle
+        self._network = Network({(0, 0): link}) if isinstance(link, Link) else link
+        self._wires: dict[tuple[int, int], simpy.Resource] = {}
+        """Each carries one transfer at a time."""
         self.pending: dict[int, list[_Move]] = {}
         """By destination, moves that wait for room, in order."""
         self._homeless: list[_Move] = []
@@ -94,7 +83,7 @@ class Moves:
         self._wasted: dict[RequestId, int] = {}
         """Bytes that were sent of them in vain."""
         self.carried = 0
-        """All bytes that went over the link."""
+        """All bytes that went over links."""
 
     @property
     def active(self) -> bool:
@@ -120,7 +109,16 @@ class Moves:
     @property
     def layerwise(self) -> bool:
         """Whether KV is sent while it is being computed."""
-        return self._link is not None and self._link.layers > 0
+        return self._network is not None and any(link.layers for link in self._network.links.values())
+
+    def _way(self, source: int, destination: int) -> tuple[Link, simpy.Resource]:
+        """The link between two replicas, by index, and the queue for it."""
+        assert self._network is not None
+        slots = self._fleet.slots
+        way = self._network.way(slots[source], slots[destination])
+        if way not in self._wires:
+            self._wires[way] = simpy.Resource(self._env, capacity=1)
+        return self._network.links[way], self._wires[way]
 
     # -- while the prompt is being computed ------------------------------------------------------------
 
@@ -138,7 +136,6 @@ class Moves:
 
     def _stream(self, name: RequestId, source: EngineCore, now: int) -> Stream | None:
         """Begin to send a prompt's KV; None where nobody will need it, or nobody can take it now."""
-        assert self._link is not None
         request = source.relocation.request(name)
         if request.output_limit == 1:
             return None
@@ -146,10 +143,9 @@ class Moves:
         core = self._fleet.ready(found[0]) if found is not None else None
         if core is None:
             return None
-        skip, link = core.cached(request), self._link
-        stream = Stream(
-            self._env, self._wire, source, core.replica, skip, link.layers, link.wire_ns, self._carry
-        )
+        skip = core.cached(request)
+        link, wire = self._way(source.replica, core.replica)
+        stream = Stream(self._env, wire, source, core.replica, skip, link.layers, link.wire_ns, self._carry)
         self._streams[name] = stream
         return stream
 
@@ -215,8 +211,8 @@ class Moves:
     def _send(
         self, move: _Move, destination: EngineCore, new: LiveRequest
     ) -> Generator[simpy.Event, Any, None]:
-        env, link, stream = self._env, self._link, move.stream
-        assert link is not None
+        env, stream = self._env, move.stream
+        link, wire = self._way(move.source.replica, destination.replica)
         capacity, name = move.source.capacity, move.old.request.id
         tokens, sent, late = move.tokens, int(env.now), 0
         if stream is not None:
@@ -226,7 +222,7 @@ class Moves:
             sent = max(sent, stream.resumed)
         size = -(-tokens * capacity.block_bytes // capacity.block_size)
         if tokens:
-            with self._wire.request() as turn:
+            with wire.request() as turn:
                 yield turn
                 if stream is None or stream.resumed < 0:
                     sent = int(env.now)

@@ -58,6 +58,7 @@ _BESIDE = (
     "lab.topology",
     "sim.cost.model",
     "sim.layerwise",
+    "sim.links",
     "sim.moves",
 )
 """What else decides what is compiled: how, and what it is compiled against."""

@@ -14,7 +14,8 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackDescri
 from lab.observe.perfetto import write_timeline
 from lab.observe.plain import PlainSpan, plain_spans
 from lab.observe.recorder import Recorder
-from sim.moves import Failure, Link
+from sim.links import Link
+from sim.moves import Failure
 from tests.observe.made import info_for, play, rich, runs
 from tests.policies.fleets import MS
 from tests.sim.test_moves import SPLIT, serve, workload

@@ -27,7 +27,8 @@ from lab.topology import Scaled
 from sim.backend import open_backend
 from sim.driver import Simulation
 from sim.executor import SimExecutor
-from sim.moves import Failure, Link
+from sim.links import Link
+from sim.moves import Failure
 from tests.policies.fleets import MS, SECOND, Cost
 from tests.sim.test_moves import BYTES, whole
 

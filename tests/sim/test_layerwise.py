@@ -14,7 +14,8 @@ from lab.control.request import Prompt, Request, Segment
 from lab.policy import Ended, ReplicaView, SchedulingPolicy, Step
 from policies.routing.least_tokens import LeastTokens
 from sim.driver import Simulation
-from sim.moves import Failure, Link
+from sim.links import Link
+from sim.moves import Failure
 from tests.policies.fleets import MS, SECOND
 from tests.sim.test_moves import BYTES, PREFILL, SPLIT, same, serve, whole, workload
 

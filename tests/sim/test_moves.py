@@ -20,7 +20,8 @@ from lab.control.step import Limits
 from lab.observe.recorder import Recorder
 from sim.driver import Simulation
 from sim.executor import SimExecutor
-from sim.moves import Failure, Link
+from sim.links import Link, Network
+from sim.moves import Failure
 from tests.policies.fleets import MS, SECOND, Cost
 
 BYTES = 1000
@@ -32,7 +33,7 @@ SPLIT = ("prefill", "prefill", "decode", "decode")
 def serve(
     requests: Sequence[Request],
     roles: tuple[str, ...] = SPLIT,
-    link: Link | None = FAST,
+    link: Link | Network | None = FAST,
     *,
     blocks: int = 400,
     failures: Sequence[Failure] = (),

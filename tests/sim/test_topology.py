@@ -24,7 +24,8 @@ from lab.validation import validate
 from sim import hardware
 from sim.backend import SimBackend, open_backend
 from sim.cost.physical import Parallel, PhysicalCost
-from sim.moves import Failure, Link
+from sim.links import Link, Network
+from sim.moves import Failure
 
 LLAMA = ["backend=sim", "cost=physical", "cost.model=llama-3.1-8b"]
 
@@ -114,6 +115,23 @@ def test_kv_moves_at_the_pace_of_the_slower_end(opened: Opened, monkeypatch: pyt
     unshaped = "cost=reference", "topology.link.layerwise=true", "model=smollm2"
     assert opened("topology=pd_1p1d", *told, *unshaped, "cost.model=null")._link == Link(10e9, 7000, 30)
     assert opened("topology=tp2")._link is None
+
+
+def test_links_of_nodes_are_those_of_the_devices_at_their_ends(opened: Opened) -> None:
+    """An H100 beside an A100 on node 0, and one on node 1."""
+    words = "topology=pd_hetero", "topology.groups.prefill.nodes=[0]", "topology.groups.decode.nodes=[0,1]"
+    fast, slow = hardware.load("h100_sxm"), hardware.load("a100_80g")
+    inside = Link(slow.link.bytes_s, round(max(slow.link.latency_s, fast.link.latency_s) * 1e9), 32)
+    across = Link(slow.network.bytes_s, round(max(slow.network.latency_s, fast.network.latency_s) * 1e9), 32)
+    more = "routing=round_robin", "topology.link.layerwise=true"
+    assert opened(*words, *more)._link == Network({(0, 0): inside, (0, 1): across}, (0, 0, 1))
+    told = [
+        f"topology.link.{word}" for word in ("gb_s=10", "latency_us=7", "node_gb_s=100", "node_latency_us=1")
+    ]
+    expected = Network({(0, 0): Link(100e9, 1000), (0, 1): Link(10e9, 7000)}, (0, 0, 1))
+    assert opened(*words, *told, "routing=round_robin")._link == expected
+    assert opened(*words, *told, "routing=round_robin", "topology.groups.prefill.hardware=null", "cost=reference",
+                  "topology.groups.decode.hardware=null", "cost.model=null")._link == expected  # fmt: skip
 
 
 def test_failures_are_told_in_seconds(opened: Opened) -> None:
@@ -212,6 +230,13 @@ def test_the_best_step_size_is_another_on_another_topology(composed: Composed, t
             "over 3 devices, and mixtral-8x7b has 8 experts",
         ),
         (["topology=tp8_ep8"], "llama-3.1-8b has no experts"),
+        (["topology=pd_1p1d", "topology.link.node_gb_s=9"], "no group says on which nodes"),
+        (["topology=dp2", "topology.groups.replica.nodes=[0,1]"], "topology dp2 moves none"),
+        (["topology=pd_1p1d", "topology.groups.decode.nodes=[0]"], "prefill.nodes is []; expected a number"),
+        (
+            ["topology=pd_1p1d", *(f"topology.groups.{x}.nodes=[0,1]" for x in ("prefill", "decode"))],
+            "of its 1 replicas",
+        ),
         (["topology=dp2", "topology.link.layerwise=true"], "sends KV from prefill to decode"),
         (["topology=pd_1p1d", "topology.link.latency_us=-1"], "topology.link.latency_us is -1.0"),
         (["topology=pd_1p1d", "cost=reference"], "topology.link needs gb_s and latency_us"),
