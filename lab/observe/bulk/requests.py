@@ -10,15 +10,16 @@ import json
 from collections.abc import Sequence
 from itertools import chain
 from json.encoder import encode_basestring
+from operator import attrgetter
 from typing import Any, get_args
 
 import numpy as np
 
 from lab.control.observer import Phase, RequestRecord
 from lab.observe.boundaries import BOUNDARIES, Boundary
-from lab.observe.bulk.spans import CODES, Piece, attributes, laid_out, quoted, told
+from lab.observe.bulk.spans import CODES, Piece, attributes, hexed, laid_out, quoted, told
 from lab.observe.columns import REQUESTS
-from lab.observe.identity import SERVICE, RunInfo, request_trace, span_ids
+from lab.observe.identity import SERVICE, RunInfo, request_traces, span_ids
 from lab.observe.parquet import arrow_type, empty_lists
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -32,9 +33,7 @@ class RequestBatch:
         self.count, self.records = len(records), records
         self._requests = [record.request for record in records]
         self._decisions = [record.decision for record in records]
-        self.numbers: dict[str, Any] = {
-            name: _whole([get(record) for record in records]) for name, get in _NUMBERS
-        }
+        self.numbers: dict[str, Any] = {name: _whole(list(map(get, records))) for name, get in _NUMBERS}
         times = [record.token_times for record in records]
         self.intervals = parts = _Intervals(records)
         self.moves = [move for record in records for move in record.transfers]
@@ -79,11 +78,10 @@ class RequestBatch:
 
     def spans(self, info: RunInfo) -> list[Any]:
         """The columns of their spans, as `lab.observe.spans.request_spans` gives them one by one."""
-        import pyarrow as pa
 
         own, parts, pieces = self.numbers, self.intervals, list[Piece]()
-        traces = [request_trace(info.workload, request.id) for request in self._requests]
-        halves = np.array([int(trace[:16], 16) for trace in traces], np.uint64)
+        traces = request_traces(info.workload, [request.id for request in self._requests])
+        halves = np.frombuffer(traces, ">u8")[::2].astype(np.uint64)
         arrival, everyone = own["arrival_ns"], np.arange(self.count)
 
         def put(boundary: Boundary, rows: Any, ordinals: Any, starts: Any, ends: Any, *values: Any) -> Any:
@@ -119,7 +117,7 @@ class RequestBatch:
                 *(told_[name] for name in _MOVED[4:]),
             )
             put(_TRANSFER, rows, nth, ready, end, None, None, None, *moved)
-        return laid_out(self.count, pieces, pa.array(traces), everyone.astype(np.int32))
+        return laid_out(self.count, pieces, hexed(traces, self.count), everyone.astype(np.int32))
 
     def _about(self, info: RunInfo) -> tuple[Any, ...]:
         """The attributes of `request`, in the order of their declaration."""
@@ -257,19 +255,19 @@ def _maybe(values: Sequence[int | None]) -> Any:
 
 
 _NUMBERS = (
-    ("seq", lambda record: record.seq),
-    ("arrival_ns", lambda record: record.request.arrival),
-    ("end_ns", lambda record: record.end),
-    ("replica", lambda record: record.decision.replica),
-    ("ingest_lag_ns", lambda record: record.decision.ingest_lag),
+    ("seq", attrgetter("seq")),
+    ("arrival_ns", attrgetter("request.arrival")),
+    ("end_ns", attrgetter("end")),
+    ("replica", attrgetter("decision.replica")),
+    ("ingest_lag_ns", attrgetter("decision.ingest_lag")),
     ("prompt_tokens", lambda record: len(record.request.prompt)),
     ("output_tokens", lambda record: len(record.token_times)),
-    ("cached_tokens", lambda record: record.cached_tokens),
-    ("cached_blocks", lambda record: record.cached_blocks),
-    ("computed_tokens", lambda record: record.computed_tokens),
-    ("preemptions", lambda record: record.preemptions),
-    ("predicted_output", lambda record: record.predicted_output),
-    ("dropped_tokens", lambda record: record.dropped_tokens),
+    ("cached_tokens", attrgetter("cached_tokens")),
+    ("cached_blocks", attrgetter("cached_blocks")),
+    ("computed_tokens", attrgetter("computed_tokens")),
+    ("preemptions", attrgetter("preemptions")),
+    ("predicted_output", attrgetter("predicted_output")),
+    ("dropped_tokens", attrgetter("dropped_tokens")),
 )
 _MAYBE_NEVER = ("first_scheduled_ns", "first_token_ns", "last_token_ns")
 _MOVED = ("source", "destination", "tokens", "bytes", "queue_ns", "wire_ns")

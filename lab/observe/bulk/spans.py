@@ -87,7 +87,7 @@ def laid_out(count: int, pieces: Sequence[Piece], traces: Any, trace_of: Any) ->
     attributes = pa.concat_arrays([piece.attributes for piece in pieces]).take(pa.array(order))
     words = {kind: _words(of[names], _known(kind)) for kind, of in _OF.items()}
     return [
-        _words(trace_of[rows], traces), hexed(ids), hexed(parents, rooted), _words(names, _known("name")),
+        _words(trace_of[rows], traces), _numbered(ids), _numbered(parents, rooted), _words(names, _known("name")),
         words["kind"], pa.array(starts), pa.array(ends), words["plane"], words["path"], attributes,
     ]  # fmt: skip
 
@@ -106,13 +106,17 @@ def _words(codes: Any, words: Any) -> Any:
     return pa.DictionaryArray.from_arrays(pa.array(codes), words)
 
 
-def hexed(numbers: Any, there: Any = None) -> Any:
+def _numbered(numbers: Any, there: Any = None) -> Any:
     """64-bit numbers as 16 hex digits each; null where not `there`."""
+    return hexed(numbers.astype(">u8"), len(numbers), there)
+
+
+def hexed(numbers: Any, count: int, there: Any = None) -> Any:
+    """The bytes of `count` numbers of one size as hex digits; null where not `there`."""
     import pyarrow as pa
 
-    count = len(numbers)
-    text = _DIGITS.take(numbers.astype(">u8").view(np.uint8))
-    places = np.arange(count + 1, dtype=np.int32) * 16
+    text = _DIGITS.take(np.frombuffer(numbers, np.uint8))
+    places = np.arange(count + 1, dtype=np.int32) * (2 * len(text) // max(1, count))
     known = None if there is None else pa.py_buffer(np.packbits(there, bitorder="little"))
     return pa.StringArray.from_buffers(count, pa.py_buffer(places), pa.py_buffer(text), known)
 
