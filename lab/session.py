@@ -216,8 +216,7 @@ def collector_at_rest() -> Iterator[None]:
     before = gc.get_threshold()
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)  # or Python looks through it all once more, only to end
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # without a look before it: what the start leaves behind is next to nothing
     gc.set_threshold(200_000, 50, 100)
     try:
         yield
