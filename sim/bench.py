@@ -24,6 +24,8 @@ class Shape:
     decodes: int = 0
     context: int = 0
     chunks: tuple[tuple[int, int], ...] = ()
+    shared: int = 0
+    """Of the decodes' contexts, leading tokens that they have in common, in blocks that all of them hold."""
 
     def contexts(self) -> list[int]:
         """The decodes' contexts: from a quarter to seven quarters of `context`, as uneven as in a real batch.
@@ -32,8 +34,9 @@ class Shape:
         """
         if self.decodes == 1:
             return [self.context + 3]
-        step = 1.5 * self.context / max(1, self.decodes - 1)
-        return [self.context // 4 + round(step * i) + 3 for i in range(self.decodes)]
+        own = self.context - self.shared
+        step = 1.5 * own / max(1, self.decodes - 1)
+        return [self.shared + own // 4 + round(step * i) + 3 for i in range(self.decodes)]
 
     @property
     def reach(self) -> int:
@@ -47,6 +50,7 @@ class Shape:
 
     def label(self) -> str:
         parts = [f"{self.decodes} decodes at about {self.context}"] if self.decodes else []
+        parts += [f"{self.shared} of it shared"] if self.shared else []
         parts += (
             [f"{len(self.chunks)} x {self.chunks[0][1]} prompt tokens at {self.chunks[0][0]}"]
             if self.chunks
@@ -78,13 +82,14 @@ class Bench:
         requests: list[Request] = []
         works: list[Work] = []
         items = [(context - 1, 1) for context in shape.contexts()] + list(shape.chunks)
-        for start, tokens in items:
+        common = self._blocks(shape.shared // size)
+        reread = max(0, shape.decodes - 1) * len(common) * size
+        for index, (start, tokens) in enumerate(items):
             self._count += 1
             name = f"{self._name}-{self._count}"
             prompt = Prompt((Segment(stream_of(name), 0, start + tokens),))
-            count = -(-(start + tokens + row - 1) // size)
-            blocks = tuple(self._order[(self._next + i) % len(self._order)] for i in range(count))
-            self._next += count
+            held = common if index < shape.decodes else ()
+            blocks = (*held, *self._blocks(-(-(start + tokens + row - 1) // size) - len(held)))
             requests.append(Request(id=name, prompt=prompt, output_len=row))
             works.append(Work(name, start, tokens, True, blocks))
         names = tuple(request.id for request in requests)
@@ -93,12 +98,17 @@ class Bench:
         self._gone = names
         found = []
         for _ in range(row):
-            plan = StepPlan(0, 0, tuple(works), GENESIS)
+            plan = StepPlan(0, 0, tuple(works), GENESIS, reread=reread)
             result = self._executor.execute(plan)
             timing = StepTiming(0, result.prepare_ns, result.forward_ns, result.sample_ns, 0)
             found.append((Batch.of(plan), timing))
             works = [Work(work.request, work.start + 1, 1, True, ()) for work in works]
         return found[1:] or found
+
+    def _blocks(self, count: int) -> tuple[int, ...]:
+        """As many of the next blocks."""
+        self._next += count
+        return tuple(self._order[i % len(self._order)] for i in range(self._next - count, self._next))
 
     def write(self) -> None:
         """Have every block written: memory that nobody wrote is one page, read over and over."""

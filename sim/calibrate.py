@@ -47,6 +47,7 @@ def grid(limits: Limits, max_context: int) -> list[Shape]:
     """Shapes around what an engine with these limits runs, smallest first."""
     budget, seqs = limits.token_budget, limits.max_seqs
     shapes = [Shape(b, c) for b in (1, 2, 4, 8, 12, 16, 24, 32) for c in (32, 128, 384, 1024)]
+    shapes += [Shape(b, c, shared=c * 7 // 8) for b in (4, 8, 16, 32) for c in (256, 1024)]
     shapes += [Shape(chunks=((s, n),)) for n in (16, 48, 128, 256, 512) for s in (0, 256)]
     shapes += [Shape(chunks=((0, n),) * k) for k, n in ((2, 64), (4, 64), (4, 128))]
     shapes += [Shape(b, 256, ((s, n),)) for b in (1, 4, 16) for s in (0, 150) for n in (24, 64, 192)]

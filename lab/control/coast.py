@@ -30,7 +30,7 @@ def coast(core: EngineCore, price: Price, now: int, until: int) -> int:
     index, digest = core._index, core._digest
     held = pool.held
     while core._repeats and decodes.members:
-        decoding = decodes.peek()
+        decoding = decodes.peek(pool)
         timing = price(decoding)
         done = now + timing.plan_ns + timing.execute_ns
         after = done + timing.commit_ns
@@ -100,6 +100,7 @@ def _record(
         digest,
         released=gone,
         decodes=replace(decoding, blocks=tuple(taken)),
+        reread=decoding.reread,
     )
     return StepRecord(
         plan=plan,

@@ -513,7 +513,7 @@ class EngineCore:
         index, self._index = self._index, self._index + 1
         return StepPlan(
             index, step.now, listed, digest, new, admitted, preempted, rejected, released, swap_out, swap_in,
-            compactions, decoding, copies,
+            compactions, decoding, copies, self.pool.reread * self.pool.block_size,
         )  # fmt: skip
 
     def _count(self) -> tuple[int, int, int]:

@@ -150,7 +150,7 @@ class Decodes:
                     pool.publish_next(table, live.chain, table.published + 1, now, live.request)
         return taken
 
-    def peek(self, taken: Sequence[tuple[RequestId, tuple[BlockId, ...]]] = ()) -> Decoding:
+    def peek(self, pool: BlockPool, taken: Sequence[tuple[RequestId, tuple[BlockId, ...]]] = ()) -> Decoding:
         """The sums of the next grant, with the blocks that it has `taken`."""
         seqs, clock = len(self.members), self.clock
         if self._longest is None:
@@ -158,7 +158,8 @@ class Decodes:
                 (live.computed - live.since for live in self.members.values()), default=-clock
             )
         context, longest = self._context + seqs, self._longest + clock + 1
-        return Decoding(seqs, context, longest, self._marks, self._starts, tuple(taken))
+        reread = pool.reread * self._size
+        return Decoding(seqs, context, longest, self._marks, self._starts, tuple(taken), reread)
 
     def listing(self, decoding: Decoding) -> list[Work]:
         """The work items of the grant in flight."""

@@ -67,6 +67,8 @@ class Decoding:
     marks: int = 0
     starts: int = 0
     blocks: tuple[tuple[RequestId, tuple[BlockId, ...]], ...] = ()
+    reread: int = 0
+    """See `StepPlan`."""
 
 
 NO_DECODES = Decoding()
@@ -121,6 +123,10 @@ class StepPlan:
     copies: tuple[Move, ...] = ()
     """Copies within the device, (source block, its copy), of blocks that others hold and the request writes into.
     Carried out after `swap_out` and before `swap_in`, all at once."""
+
+    reread: int = 0
+    """Of the context that the running requests read, tokens in blocks that another of them reads before it. Nothing
+    is decided by it: it is how a cost model can know that KV is shared."""
 
     def __bool__(self) -> bool:
         """False when there is nothing to execute and nothing was decided."""

@@ -282,7 +282,7 @@ class StepBuilder:
         self.tokens_left -= count
         if steady.bulk:
             steady.granted = True
-            self.decoding = steady.peek(taken)
+            self.decoding = steady.peek(pool, taken)
         else:
             blocks = dict(taken)
             for name, live in steady.members.items():

@@ -136,6 +136,8 @@ class BlockPool:
         """What is published, by the base of its key."""
         self.cached = 0
         """Blocks that are unreferenced but reusable."""
+        self.reread = 0
+        """References to blocks beyond the first to each: what several requests share, and each of them reads."""
         self.allocated = self.evicted = self.released = 0
         """Running counts of blocks taken (fresh, not hit), evicted, and let go by their last holder."""
         eviction.on_open(blocks, block_size)
@@ -207,6 +209,7 @@ class BlockPool:
                 self.pin((block,), now, user)
             else:
                 block.refs += 1
+                self.reread += 1
 
     def take(
         self, now: int, key: bytes | None = None, parent: Block | None = None, user: Request | None = None
@@ -393,6 +396,7 @@ class BlockPool:
         for block in reversed(chain):
             block.refs -= 1
             if block.refs:
+                self.reread -= 1
                 continue
             self.released += 1
             block.used = self.released
@@ -447,7 +451,9 @@ class BlockPool:
         empty: list[Block] = []
         for block in chain:
             block.refs -= 1
-            if not block.refs:
+            if block.refs:
+                self.reread -= 1
+            else:
                 if block.key:
                     block.released = gone
                     gone.append(block)
@@ -505,6 +511,8 @@ class BlockPool:
             if block.candidate:
                 block.candidate = False
                 self._eviction.on_pinned(block, now)
+        else:
+            self.reread += 1
 
     def _maybe_candidate(self, block: Block, now: int) -> None:
         if not (self._leaf_only and block.children):
@@ -549,6 +557,10 @@ class BlockPool:
             listed += len(table.runs)
             cached += 0 if table.held else len(table.blocks)
         held = len(expected)
+        again = sum(expected.values()) - held
+        assert self.reread == again, (
+            f"{again} references are further ones to a block, the pool counts {self.reread}"
+        )
         for block in self._blocks:
             wanted = expected.get(block.id, 0)
             if block.id in silent:

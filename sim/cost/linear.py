@@ -21,7 +21,7 @@ from lab.control.plan import Decoding, StepPlan, StepTiming
 from lab.errors import ConfigError
 from sim.cost.model import Batch
 
-FORMAT = 3
+FORMAT = 4
 
 Feature = Callable[[Batch], float]
 
@@ -48,21 +48,29 @@ FEATURES: dict[str, Feature] = {
     "seqs": lambda b: b.seqs,
     "samples": lambda b: b.samples,
     "decode_context": lambda b: b.decode_context,
+    "first_context": lambda b: b.decode_context - b.reread,
     "decode_padded": lambda b: b.decode_padded,
     "prefill_pairs": lambda b: b.prefill_pairs,
     "prefill_context": lambda b: b.prefill_context,
     "new": lambda b: b.new,
 }
-FEW_CONTEXT = "few_context"
+FEW_CONTEXT, FEW_FIRST_CONTEXT = "few_context", "few_first_context"
 """The decodes' contexts where there are fewer decodes than `heads_apart_below` in what the fit says of its engine: too
 few for all threads, so each head is read for itself, and a token costs more. At that number a batch gets cheaper as it
-grows; everywhere else more work takes more time."""
+grows; everywhere else more work takes more time.
+
+Of each kind there is a `first_` one, of tokens that nobody else of the batch has read: what is read again comes from the
+processor's cache, so it costs as much less as the first reading's price says, and never more."""
 
 
 def features(about: Mapping[str, Any]) -> Mapping[str, Feature]:
     """By name, those that can be told of batches of this engine."""
     few = int(about.get("heads_apart_below", 0))
-    return {**FEATURES, FEW_CONTEXT: lambda b: b.decode_context if b.decodes < few else 0}
+    return {
+        **FEATURES,
+        FEW_CONTEXT: lambda b: b.decode_context if b.decodes < few else 0,
+        FEW_FIRST_CONTEXT: lambda b: b.decode_context - b.reread if b.decodes < few else 0,
+    }
 
 
 PHASES: dict[str, tuple[str, ...]] = {
@@ -74,7 +82,9 @@ PHASES: dict[str, tuple[str, ...]] = {
         "seqs",
         "samples",
         "decode_context",
+        "first_context",
         FEW_CONTEXT,
+        FEW_FIRST_CONTEXT,
         "decode_padded",
         "prefill_pairs",
         "prefill_context",

@@ -42,12 +42,15 @@ class Batch:
     """Single-token items."""
     new: int = 0
     """Requests that the data plane sees for the first time."""
+    reread: int = 0
+    """Of `decode_context`, tokens in KV blocks that another request of the batch reads too, and has read before."""
 
     @classmethod
     def of_decodes(cls, decodes: Decoding) -> Batch:
         """The batch of a plan that is nothing but these decodes."""
         seqs = decodes.seqs
-        return cls(seqs, seqs, seqs, decodes.context, seqs * decodes.longest, 0, 0, seqs)
+        padded, reread = seqs * decodes.longest, min(decodes.reread, decodes.context)
+        return cls(seqs, seqs, seqs, decodes.context, padded, 0, 0, seqs, reread=reread)
 
     @classmethod
     def of(cls, plan: StepPlan) -> Batch:
@@ -66,7 +69,9 @@ class Batch:
                 pairs += n * (end - n) + n * (n + 1) // 2
                 prefill += end
         padded, seqs, new = decodes * longest, len(plan.work), len(plan.new)
-        return cls(rows, seqs, samples, context, padded, pairs, prefill, decodes, new)
+        return cls(
+            rows, seqs, samples, context, padded, pairs, prefill, decodes, new, min(plan.reread, context)
+        )
 
     def as_dict(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
