@@ -66,8 +66,10 @@ processor's cache, so it costs as much less as the first reading's price says, a
 def features(about: Mapping[str, Any]) -> Mapping[str, Feature]:
     """By name, those that can be told of batches of this engine."""
     few = int(about.get("heads_apart_below", 0))
+    # Where attention reads blocks as they lie, nothing is padded; a fit that may think so takes uneven contexts for it.
+    known = {name: told for name, told in FEATURES.items() if not (few and name == "decode_padded")}
     return {
-        **FEATURES,
+        **known,
         FEW_CONTEXT: lambda b: b.decode_context if b.decodes < few else 0,
         FEW_FIRST_CONTEXT: lambda b: b.decode_context - b.reread if b.decodes < few else 0,
     }
@@ -191,7 +193,8 @@ class LinearCost:
         coefficients: dict[str, dict[str, float]] = {}
         found: dict[str, dict[str, tuple[float, float]]] = {}
         rng = np.random.default_rng(0)
-        for phase, names in PHASES.items():
+        for phase, possible in PHASES.items():
+            names = [name for name in possible if name in known]
             y = np.array([max(float(took), 1.0) for _, took in samples[phase]])
             x = np.array([[float(known[name](batch)) for name in names] for batch, _ in samples[phase]])
             # Relative error, with a floor so that phases of a few microseconds don't rule the fit by noise.
