@@ -59,8 +59,8 @@ FEW_CONTEXT, FEW_FIRST_CONTEXT = "few_context", "few_first_context"
 few for all threads, so each head is read for itself, and a token costs more. At that number a batch gets cheaper as it
 grows; everywhere else more work takes more time.
 
-Of each kind there is a `first_` one, of tokens that nobody else of the batch has read: what is read again comes from the
-processor's cache, so it costs as much less as the first reading's price says, and never more."""
+Of each kind there is a `first_` one, of tokens that nobody else of the batch has read. What is read again comes from
+the processor's cache, so it costs less by the first reading's price: never more."""
 
 
 def features(about: Mapping[str, Any]) -> Mapping[str, Feature]:

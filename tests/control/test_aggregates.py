@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -105,6 +106,8 @@ def play(
             now = requests[0].arrival
             continue
         listed = replace(plan, work=tuple(plan.work))
+        holders = Counter(block.id for live in core._requests.values() for block in live.blocks)
+        assert plan.reread == size * sum(count - 1 for count in holders.values())
         if plan.index in gone and gone[plan.index][1]:
             core.abort(gone[plan.index][0], now)
         now += 3 + plan.tokens

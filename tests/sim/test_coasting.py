@@ -40,7 +40,9 @@ class Cost:
 
     def _price(self, batch: Batch) -> StepTiming:
         control = (0, 0) if self.still else (2 + batch.seqs, 3)
-        forward = 20 + batch.rows + batch.decode_context // 16 + batch.decode_padded // 64
+        forward = (
+            20 + batch.rows + batch.decode_context // 16 + batch.decode_padded // 64 - batch.reread // 40
+        )
         return StepTiming(control[0], 1, forward, batch.samples, control[1])
 
 

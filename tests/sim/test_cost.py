@@ -90,6 +90,35 @@ def test_context_that_costs_more_where_decodes_are_few_is_found_again(tmp_path: 
     assert slopes[1] / 8000 == pytest.approx(150, rel=0.1)
 
 
+def test_what_is_read_again_costs_as_much_less_as_measured_and_never_more_than_the_first_reading() -> None:
+    about = {"heads_apart_below": 8}
+    known = features(about)
+    planted = {**PLANTED, "decode_context": 100.0, "first_context": 250.0, "few_first_context": 900.0}
+
+    def shared(decodes: int, context: int, common: int) -> Batch:
+        whole = replace(plan([(context - 1, 1)] * decodes), reread=(decodes - 1) * common)
+        return Batch.of(whole)
+
+    sizes = [(n, c) for n in (1, 2, 4, 7, 8, 16, 32) for c in (16, 100, 700)]
+    batches = [shared(n, c, c * part // 8) for n, c in sizes for part in (0, 4, 7)]
+    batches += [Batch.of(plan([(s, n)])) for s in (0, 100, 400) for n in (7, 50, 300)]
+    took = [round(sum(v * known[k](b) for k, v in planted.items())) for b in batches]
+    cost = LinearCost.fit({phase: list(zip(batches, took, strict=True)) for phase in PHASES}, about)
+    for name in ("decode_context", "first_context", "few_first_context"):
+        assert cost.coefficients["forward_ns"][name] == pytest.approx(planted[name], rel=0.05)
+    apart, together = (cost.price(shared(16, 700, common)).forward_ns for common in (0, 640))
+    assert apart - together == pytest.approx(250 * 15 * 640, rel=0.05)
+
+    faster = [
+        (b, took - 200 * b.reread) for b, took in zip(batches, took, strict=True)
+    ]  # it can't be that cheap
+    steep = LinearCost.fit(dict.fromkeys(PHASES, faster), about)
+    for n, c in sizes:
+        assert steep.price(shared(n, c + 1, c)).forward_ns >= steep.price(shared(n, c, c)).forward_ns
+    assert "decode_padded" not in known
+    assert "decode_padded" in features({})
+
+
 def test_newcomers_are_counted_and_their_plans_take_longer() -> None:
     newcomers = plan([(0, 20)] * 3)
     request = Request(id="r0", prompt=Prompt((Segment(1, 0, 20),)), output_len=1)
@@ -270,6 +299,13 @@ def test_decodes_are_measured_in_a_row_on_blocks_that_lie_apart() -> None:
         sum(item.context for item in step.work) for step in row[1:]
     ]
     assert len(bench.measure(Shape(2, 50, ((0, 30),)))) == 1
+    seen.clear()
+    [batch, _] = [batch for batch, _ in bench.measure(Shape(4, 100, shared=48))]
+    tables = [item.blocks for item in seen[1].work]
+    assert len({table[:3] for table in tables}) == 1
+    assert len({block for table in tables for block in table[3:]}) == sum(len(table) - 3 for table in tables)
+    assert batch.reread == 3 * 48
+    assert all(item.start > 48 for item in seen[1].work)
 
 
 def test_a_calibration_survives_the_round_trip(tmp_path: Path) -> None:
