@@ -112,7 +112,8 @@ def run_side(side: Side, path: Path, console: Console | None) -> Ran:
                 capacities=getattr(backend, "capacities", ()),
             )
             began = time.perf_counter()
-            ended = _drive(side, control, recorder, log, signals, console)
+            with collector_at_rest() if backend.name == "sim" else contextlib.nullcontext():
+                ended = _drive(side, control, recorder, log, signals, console)
             wall = time.perf_counter() - began
         finally:
             log.close()
