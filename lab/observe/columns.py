@@ -156,6 +156,7 @@ PLANS: tuple[Column[StepRecord], ...] = (
     ("copy_request", "list<string>", lambda s: [m.request for m in s.plan.copies]),
     ("copy_from", "list<list<int32>>", lambda s: [[a for a, _ in m.pairs] for m in s.plan.copies]),
     ("copy_to", "list<list<int32>>", lambda s: [[b for _, b in m.pairs] for m in s.plan.copies]),
+    ("reread", "int64", lambda s: s.plan.reread),
 )
 
 FLEET: tuple[Column[FleetEvent], ...] = (

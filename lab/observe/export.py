@@ -238,6 +238,7 @@ def _plan(row: dict[str, Any], known: dict[str, Request]) -> StepPlan:
                 row["copy_request"], row["copy_from"], row["copy_to"], strict=True
             )
         ),
+        reread=row["reread"],
     )
 
 

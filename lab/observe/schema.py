@@ -199,6 +199,7 @@ _PLANS: Meanings = {
     "copy_request": ("", "requests whose blocks are copied, since another output of theirs goes on in them"),
     "copy_from": ("", "... the blocks"),
     "copy_to": ("", "... and their copies"),
+    "reread": ("tokens", "of the context, in blocks that another running request reads before"),
 }
 
 _FLEET: Meanings = {
