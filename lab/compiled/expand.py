@@ -109,11 +109,16 @@ def _written_out(node: ast.ClassDef, hashed: bool) -> list[ast.stmt]:
 
 
 def _settled(node: ast.stmt) -> ast.stmt:
-    """A module's constant, which by the house's naming never changes: no need to look it up by name each time."""
+    """A module's constant, which by the house's naming never changes: no need to look it up by name each time.
+
+    Tuples stay as they are: mypyc 2.4 forgets those of numbers ("value for final name was not set").
+    """
     target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
     if not (isinstance(target, ast.Name) and target.id.strip("_").isupper()):
         return node
     assert isinstance(node, ast.Assign | ast.AnnAssign)
+    if isinstance(node.value, ast.Tuple):
+        return node
     said = f"Final[{ast.unparse(node.annotation)}]" if isinstance(node, ast.AnnAssign) else "Final"
     return ast.AnnAssign(target, _expression(said), node.value, simple=1)
 
