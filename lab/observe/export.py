@@ -163,9 +163,13 @@ def read_requests(path: Path, workload: Iterable[Request]) -> list[RequestRecord
 
 
 def read_plans(path: Path, workload: Iterable[Request]) -> list[StepPlan]:
-    """What `write_plans` wrote, with the new requests from the workload."""
+    """What `write_plans` wrote, with the new requests from the workload.
+
+    A table without `reread` is of a run from before it was kept, and is read as one in which nothing was.
+    """
     known = _known(workload)
-    return [_plan(row, known) for row in read(path, PLANS)]
+    needed = [column for column in PLANS if column[0] != "reread"]
+    return [_plan(row, known) for row in read(path, needed)]
 
 
 def read_steps(path: Path, plans: Sequence[StepPlan]) -> list[StepRecord]:
@@ -238,7 +242,7 @@ def _plan(row: dict[str, Any], known: dict[str, Request]) -> StepPlan:
                 row["copy_request"], row["copy_from"], row["copy_to"], strict=True
             )
         ),
-        reread=row["reread"],
+        reread=row.get("reread", 0),
     )
 
 

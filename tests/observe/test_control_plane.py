@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from lab.analysis.runs import load
@@ -111,3 +113,7 @@ def test_its_run_directory_gives_back_every_record(recorder: Recorder, tmp_path:
     assert {record.request.id: record for record in again.requests} == {
         record.request.id: record for record in recorder.requests
     }
+    plans = tmp_path / "run" / "plans.parquet"
+    pq.write_table(pq.read_table(plans).drop_columns(["reread"]), plans)  # as runs were before it was kept
+    older = load(tmp_path / "run").recorded()
+    assert [step.plan for step in older.steps] == [replace(step.plan, reread=0) for step in recorder.steps]
