@@ -25,6 +25,7 @@ from lab.errors import DiptychError, RunError
 
 if TYPE_CHECKING:
     from lab.backend import Backend, OpenBackend
+    from lab.console import Console
     from lab.control.request import Request
     from lab.replayed import Job
     from lab.session import Ran
@@ -35,7 +36,6 @@ ABOUT = "Run one workload under one policy on the real engine and on the simulat
 def experiment(cfg: Config) -> int:
     """One experiment, for any `backend`, or all those of `studies`. Returns the exit code; raises `DiptychError`."""
     from lab.console import Console
-    from lab.observe import claim
 
     if ranks.follows(cfg, os.environ):
         return cast("Callable[[Config], int]", plugins.load_object("backend", ranks.WORKER))(cfg)
@@ -45,8 +45,21 @@ def experiment(cfg: Config) -> int:
         return run_studies(cfg)
     console = Console()
     job = _job(cfg)
+    path = _directory(job.cfg, job.config_text, job.slug)
+    try:
+        return _carry_out(job, path, console)
+    except BaseException:
+        if job.cfg.run.dir is None:
+            with contextlib.suppress(OSError):  # there is something in it, which stays
+                path.rmdir()
+        raise
+
+
+def _carry_out(job: Job, path: Path, console: Console) -> int:
+    """The job, into `path`."""
+    from lab.observe import claim
+
     cfg, requests, source, config_text = job.cfg, job.requests, job.source, job.config_text
-    path = _directory(cfg, config_text, job.slug)
     if cfg.backend != "both" and claim.part_of_another(path):
         raise RunError(
             f"'{path}' is one side of an experiment on both backends, and backend={cfg.backend} would replace "

@@ -9,40 +9,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lab.policy import (
-    AdmissionPolicy,
-    CompressionPolicy,
-    EvictionPolicy,
-    LengthPredictor,
-    PreemptionPolicy,
-    RoutingPolicy,
-    ScalingPolicy,
-    SchedulingPolicy,
-)
+from lab import shipped
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of policy that can be checked."""
 
-    base: type
+    name: str
+    """Of its configuration group."""
     words: str
     hook: str
     """The one whose answers are compared between two plays."""
     fleet: bool = False
     """Whether it decides above the engine, so that it takes several to play it."""
 
+    @property
+    def base(self) -> type:
+        """The class that every policy of this kind derives from."""
+        base = shipped.KINDS[self.name].base
+        assert base is not None
+        return base
+
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "policy": Kind(SchedulingPolicy, "a scheduling policy", "schedule"),
-        "eviction": Kind(EvictionPolicy, "an eviction policy", "victim"),
-        "compression": Kind(CompressionPolicy, "a compression policy", "keep"),
-        "preemption": Kind(PreemptionPolicy, "a preemption policy", "victim"),
-        "predictor": Kind(LengthPredictor, "a length predictor", "predict"),
-        "admission": Kind(AdmissionPolicy, "an admission policy", "admit", fleet=True),
-        "routing": Kind(RoutingPolicy, "a routing policy", "route", fleet=True),
-        "scaling": Kind(ScalingPolicy, "a scaling policy", "target", fleet=True),
+        kind.name: kind
+        for kind in (
+            Kind("policy", "a scheduling policy", "schedule"),
+            Kind("eviction", "an eviction policy", "victim"),
+            Kind("compression", "a compression policy", "keep"),
+            Kind("preemption", "a preemption policy", "victim"),
+            Kind("predictor", "a length predictor", "predict"),
+            Kind("admission", "an admission policy", "admit", fleet=True),
+            Kind("routing", "a routing policy", "route", fleet=True),
+            Kind("scaling", "a scaling policy", "target", fleet=True),
+        )
     }
 )
 """By the name of its configuration group."""

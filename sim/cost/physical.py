@@ -104,13 +104,13 @@ class Parallel:
         """Raises `ConfigError` where the model can't be cut like that."""
         if shape.heads % self.tensor:
             raise ConfigError(
-                f"cost.tensor_parallel is {self.tensor}, and {shape.name} has {shape.heads} query heads; expected a "
-                "divisor of that."
+                f"each layer is shared by {self.tensor} devices (cost.tensor_parallel, or the tp of a topology's "
+                f"group), and {shape.name} has {shape.heads} query heads; expected a divisor of that."
             )
         if self.pipeline > shape.layers:
             raise ConfigError(
-                f"cost.pipeline_parallel is {self.pipeline}, and {shape.name} has {shape.layers} layers; expected at "
-                "most as many."
+                f"there are {self.pipeline} stages (cost.pipeline_parallel, or the pp of a topology's group), and "
+                f"{shape.name} has {shape.layers} layers; expected at most as many."
             )
 
         if self.expert == 1:

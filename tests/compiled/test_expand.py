@@ -140,3 +140,11 @@ def test_every_module_expands_to_what_python_takes(name: str) -> None:
     compile(expanded, name, "exec")
     assert "@frozen" not in expanded
     assert expanded.count("described(") == source.count("@frozen\n") + source.count("slots=True)\n")
+
+
+def test_constants_are_settled_but_for_tuples_which_the_compiler_loses() -> None:
+    written = expand("LIMIT = 3\n_SCALE = (1.0, 2.0)\n_WHERE: dict[str, int] = {}\nHint = int\nlower = 1\n")
+    assert "LIMIT: Final = 3" in written
+    assert "_WHERE: Final[dict[str, int]] = {}" in written
+    for line in ("_SCALE = (1.0, 2.0)", "Hint = int", "lower = 1"):
+        assert line in written.splitlines()

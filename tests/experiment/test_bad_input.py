@@ -16,6 +16,8 @@ from lab.analysis.runs import load
 from lab.observe.claim import partial_reason
 from tests.experiment.command import QUICK, environment, one_sentence, run
 
+BACKEND = ("backend=sim", "cost=physical", "cost.model=llama-3.1-8b")
+
 
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -48,12 +50,23 @@ from tests.experiment.command import QUICK, environment, one_sentence, run
         (["policy=./missing.py:Mine"], "missing.py"),
         (["policy=no.such.module:Mine"], "no.such.module"),
         (["sampling.top_p=3"], "top_p"),
+        ([*BACKEND, "topology=tp2", "topology.groups.replica.tp=3"], "or the tp of a topology's group"),
+        ([*BACKEND, "topology=pp2", "topology.groups.replica.pp=99"], "or the pp of a topology's group"),
         (["--helpp"], "--help"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(words: list[str], said: str, tmp_path: Path) -> None:
     assert said in one_sentence(run([*words, "run.dir=out"] if "--helpp" not in words else words, tmp_path))
     assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_what_is_refused_leaves_no_empty_run_directory_of_its_own(tmp_path: Path) -> None:
+    words = [*BACKEND, "topology=tp2", "topology.groups.replica.tp=3"]
+    one_sentence(run(words, tmp_path))
+    assert list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    one_sentence(run([*words, "run.dir=mine"], tmp_path))
+    assert (tmp_path / "mine").is_dir()
 
 
 @pytest.mark.parametrize(
