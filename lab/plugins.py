@@ -43,17 +43,16 @@ DISTRIBUTION = "diptych"
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Where a name leads: `module:attribute`, and the distribution that says so ("" for the checkout)."""
+    """Where a name leads: `module:attribute`, and the distribution that says so."""
 
     target: str
     dist: str
-    version: str
 
 
 def providers(kind: str) -> dict[str, list[Provider]]:
     """Every name of a kind with what provides it; built-ins first. More than one provider is a conflict."""
     spec = _kind(kind)
-    found = {name: [Provider(target, DISTRIBUTION, "")] for name, target in spec.builtin.items()}
+    found = {name: [Provider(target, DISTRIBUTION)] for name, target in spec.builtin.items()}
     for name, provider in _entry_points(spec.group, tuple(sys.path)):
         known = found.setdefault(name, [])
         if all(other.target != provider.target for other in known) and provider.dist != DISTRIBUTION:
@@ -65,8 +64,8 @@ def _entry_points(group: str, path: tuple[str, ...]) -> list[tuple[str, Provider
     """The entry points of a group with what provides them, as things stand on this `sys.path`."""
     found = []
     for point in _installed(path).select(group=group):
-        dist, version = _named(point.dist) if point.dist else ("", "")
-        found.append((point.name, Provider(point.value.replace(" ", ""), dist, version)))
+        dist = _named(point.dist) if point.dist else ""
+        found.append((point.name, Provider(point.value.replace(" ", ""), dist)))
     return found
 
 
@@ -79,8 +78,8 @@ def _installed(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
 
 
 @functools.cache  # reads its metadata, and all entry points of a distribution have the same
-def _named(dist: importlib.metadata.Distribution) -> tuple[str, str]:
-    return dist.name, dist.version
+def _named(dist: importlib.metadata.Distribution) -> str:
+    return dist.name
 
 
 def names(kind: str) -> list[str]:

@@ -40,9 +40,7 @@ class Cost:
 
     def _price(self, batch: Batch) -> StepTiming:
         control = (0, 0) if self.still else (2 + batch.seqs, 3)
-        forward = (
-            20 + batch.rows + batch.decode_context // 16 + batch.decode_padded // 64 - batch.reread // 40
-        )
+        forward = 20 + batch.rows + batch.decode_context // 16 + batch.decode_padded // 64 + batch.reread
         return StepTiming(control[0], 1, forward, batch.samples, control[1])
 
 
@@ -87,7 +85,7 @@ def simulate(seed: int, policy: str, observer: Observer, *, aggregate: bool) -> 
 
 @pytest.mark.parametrize("policy", ["fcfs", "vllm_v1", "sjf", "sarathi", "mlfq", "vtc"])
 def test_crossing_steps_changes_nothing(policy: str) -> None:
-    by_sums = 0
+    by_sums = shared = 0
     for seed in range(4):
         one, two = Watching(), Watching()
         simulate(seed, policy, one, aggregate=False)
@@ -98,9 +96,11 @@ def test_crossing_steps_changes_nothing(policy: str) -> None:
             assert (left.plan.now, left.plan.index) == (right.plan.now, right.plan.index)
             assert (left.plan.tokens, left.plan.samples) == (right.plan.tokens, right.plan.samples)
             assert len(left.plan.work) == len(right.plan.work)
-            assert left.plan.released == right.plan.released
+            assert (left.plan.released, left.plan.reread) == (right.plan.released, right.plan.reread)
+            shared += bool(right.plan.reread) and not right.plan.admitted
         assert [asdict(r) for r in one.requests.values()] == [asdict(r) for r in two.requests.values()]
     assert by_sums > 150 or policy not in ("fcfs", "vllm_v1", "sjf")
+    assert shared > 50
 
 
 class Rowed(Watching):

@@ -152,6 +152,9 @@ def test_the_file_options_of_a_line_reach_the_request(write):
             "2023-02-30 18:15:50",
             r"line 3, column 'TIMESTAMP': '2023-02-30",
         ),
+        ("azure_2023_conv", "18:15:50", "18:15:60", r"line 3, column 'TIMESTAMP': '2023-11-16 18:15:60"),
+        ("azure_2023_conv", "18:15:50", "18:60:50", r"line 3, column 'TIMESTAMP': '2023-11-16 18:60:50"),
+        ("azure_2023_conv", "18:15:50", "24:15:50", r"line 3, column 'TIMESTAMP': '2023-11-16 24:15:50"),
         ("mooncake", "[0, 2, 3]", "[0, 2]", r"line 2, column 'hash_ids': 2 ids for an input_length of 1100"),
         ("mooncake", "[0, 2, 3]", '[0, 2, "x"]', r"line 2, column 'hash_ids': 'x'; expected an integer"),
         (
