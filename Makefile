@@ -2,13 +2,14 @@
 # make compiled  native code of the control plane: simulations in half the time
 # make test      formatting, lint, types, import rules, tests
 # make slow      tests that take minutes or need the real weights
+# make explore   property tests on examples never tried before; what fails is printed with how to repeat it
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 ARGS ?= policy=fcfs
 WORKERS ?= 2
 
-.PHONY: run compiled test lint slow clean
+.PHONY: run compiled test lint slow explore clean
 .DELETE_ON_ERROR:
 
 run: .venv/engine.stamp
@@ -19,7 +20,7 @@ compiled: .venv/engine.stamp
 	$(BIN)/python -m lab.compiled
 
 # A test process for each core, and a thread for each process: spinning threads slow each other tenfold.
-test slow: export OMP_NUM_THREADS ?= 1
+test slow explore: export OMP_NUM_THREADS ?= 1
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --durations=8
@@ -33,6 +34,9 @@ lint: .venv/test.stamp
 # pytest exits with 5 when it finds no test to run: that is no failure here.
 slow: .venv/test.stamp
 	$(BIN)/pytest -m slow -n $(WORKERS) --durations=12 || test $$? = 5
+
+explore: .venv/test.stamp
+	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=explore $$(grep -rl '^from hypothesis' --include='test_*.py' tests)
 
 .venv: .venv/engine.stamp
 
