@@ -36,6 +36,7 @@ MODULES = (
     "lab.control.request",
     "lab.control.results",
     "lab.control.step",
+    "lab.control.token_times",
     "lab.state.blocks",
     "lab.state.prefix",
     "lab.state.tiers",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lab.control.live import LiveRequest
 
 _FORGET = 1 << 16
-"""Grants after which every member is brought up to date, and the times before are dropped."""
+"""Grants after which every member is brought up to date, and another stretch of times begins."""
 
 _NOBODY: Mapping[RequestId, LiveRequest] = {}
 
@@ -203,7 +203,7 @@ class Decodes:
     def _forget(self) -> None:
         for live in self.members.values():
             live.sync()
-        self.times.clear()
+        self.times = []  # requests still refer to the one before
         self.steps.clear()
         self.base = self.clock
 

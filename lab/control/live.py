@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lab.control.observer import Decision, Interval, Outcome, Phase, RequestRecord, Transfer
 from lab.control.plan import TokenLogprobs
 from lab.control.request import Request, RequestId
+from lab.control.token_times import TokenTimes
 from lab.policy import NEVER, KvKeep
 from lab.state.blocks import Block, Table
 from lab.state.prefix import ContentChain
@@ -171,7 +172,7 @@ class LiveRequest:
         self.group: list[LiveRequest] = []
         """The sequences of its parent that are here, itself included; empty if it has none."""
         self.cached_tokens = self.cached_blocks = self.computed_tokens = self.preemptions = 0
-        self.token_times: list[int] = []
+        self.token_times = TokenTimes()
         self.intervals: list[Interval] = []
         self.transfers: list[Transfer] = []
         self.phase: Phase = "queue"
@@ -207,7 +208,7 @@ class LiveRequest:
         self.computed += grants
         self.computed_tokens += grants
         self.output += [0] * grants
-        self.token_times += decodes.times[first:last]
+        self.token_times.share(decodes.times, first, last)
         if self.phase_first < 0:
             self.phase_first = decodes.steps[first]
         self.phase_last = decodes.steps[last - 1]
@@ -261,7 +262,7 @@ class LiveRequest:
             preemptions=self.preemptions,
             predicted_output=self.predicted,
             dropped_tokens=self.dropped_tokens,
-            token_times=tuple(self.token_times),
+            token_times=self.token_times,
             intervals=tuple(self.intervals),
             output=tuple(self.output),
             logprobs=tuple(self.logprobs),
@@ -275,7 +276,7 @@ class LiveRequest:
         new.output += self.output
         for name in _LIFE:
             value = getattr(self, name)
-            setattr(new, name, list(value) if isinstance(value, list) else value)
+            setattr(new, name, value.copy() if isinstance(value, (list, TokenTimes)) else value)
         return new
 
 

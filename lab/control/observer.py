@@ -6,7 +6,7 @@ share the code that makes them, can't drift apart. An observer never influences 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from struct import Struct
@@ -95,7 +95,8 @@ class RequestRecord:
     computed_tokens: int
     """Tokens put through the model, recomputation included."""
     preemptions: int
-    token_times: tuple[int, ...]
+    token_times: Sequence[int]
+    """When each generated token was there."""
     intervals: tuple[Interval, ...]
     output: tuple[int, ...]
     """Generated token ids; a simulator's carry no meaning."""

@@ -82,7 +82,7 @@ REQUESTS: tuple[Column[RequestRecord], ...] = (
     ("decode_ns", "int64", lambda r: latency.phase_ns(r, "decode")),
     ("ttft_slo_ns", "int64", lambda r: r.request.ttft_slo),
     ("tpot_slo_ns", "int64", lambda r: r.request.tpot_slo),
-    ("token_times_ns", "list<int64>", lambda r: r.token_times),
+    ("token_times_ns", "list<int64>", lambda r: list(r.token_times)),
     ("intervals", "intervals", lambda r: [_interval(part) for part in r.intervals]),
     ("output", "list<int32>", lambda r: r.output),
     ("logprobs", "logprobs", lambda r: [_logprobs(item) for item in r.logprobs]),

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lab.control.observer import FleetEvent, RequestRecord, StepTotals
 from lab.control.plan import GENESIS
 from lab.observe.bill import Power, bill, uptime
+from lab.observe.gaps import counted_gaps
 from lab.observe.latency import itls_ns, queue_ns, queue_total_ns
 from lab.observe.percentiles import folded_stats, ratio, stats
 
@@ -86,7 +86,7 @@ class Tally:
             samples["queue_total_ms"].append(queue_total_ns(record))
         self.requests += len(records)
         if self._fold:
-            self._fold_gaps([record.token_times for record in records if record.outcome == "finished"])
+            self._folded.append(counted_gaps([r.token_times for r in records if r.outcome == "finished"]))
 
     def add_batch(self, batch: RequestBatch) -> None:
         """The same by column, in which gaps are folded."""
@@ -125,18 +125,7 @@ class Tally:
         samples["queue_ms"] += (own["first_scheduled_ns"] - arrival)[done & ran].tolist()
         samples["queue_total_ms"] += own["queue_ns"][done].tolist()
         self.requests += len(records)
-        self._fold_gaps([record.token_times for record in records if record.outcome == "finished"])
-
-    def _fold_gaps(self, times: Sequence[Sequence[int]]) -> None:
-        import numpy as np
-
-        lengths = np.array([len(each) for each in times], dtype=np.int64)
-        pooled = np.fromiter(chain.from_iterable(times), dtype=np.int64, count=int(lengths.sum()))
-        gaps = np.diff(pooled)
-        keep = np.ones(len(gaps), dtype=bool)
-        borders = np.cumsum(lengths)[:-1] - 1
-        keep[borders[borders >= 0]] = False
-        self._folded.append(np.unique(gaps[keep], return_counts=True))
+        self._folded.append(counted_gaps([r.token_times for r in records if r.outcome == "finished"]))
 
     def result(
         self,
