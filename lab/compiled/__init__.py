@@ -5,7 +5,8 @@ under a digest of their source. From then on `import lab` takes them from there,
 a changed line means interpreted code again, until it is compiled anew. `DIPTYCH_COMPILED=0` means interpreted code
 always, which a debugger can step through.
 
-Policies, observers, cost models and executors stay as they are: Python, called by compiled code.
+Policies, observers and cost models stay as they are, Python that is called by compiled code; but for the queue that
+most of the shipped policies keep their order in.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 MODULES = (
+    "lab.control.answers",
     "lab.control.blame",
     "lab.control.coast",
     "lab.control.compress",
@@ -40,6 +42,7 @@ MODULES = (
     "lab.state.blocks",
     "lab.state.prefix",
     "lab.state.tiers",
+    "policies.keyed_heap",
     "sim.cost.transfer",
     "sim.driver",
     "sim.executor",

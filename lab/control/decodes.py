@@ -70,7 +70,8 @@ class Decodes:
         clock = self.clock
         live.decodes, live.since = self, clock
         offset = live.computed - clock
-        mark = weight(name)
+        mark = live.mark or weight(name)
+        live.mark = mark
         self._context += live.computed
         self._marks += mark
         self._starts += mark * live.computed
@@ -91,7 +92,7 @@ class Decodes:
         live.decodes = None
         clock = self.clock
         offset = live.computed - clock
-        mark = weight(name)
+        mark = live.mark
         self._context -= live.computed
         self._marks -= mark
         self._starts -= mark * live.computed

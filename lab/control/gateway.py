@@ -76,14 +76,16 @@ class Gateway:
         """
         self._fleet.arrived()
         views = self._fleet.views(now)
-        who, about = self._named("admission", self._admission), f"request '{request.id}'"
         try:
             admit: Any = self._admission.admit
             verdict = admit(request, views, now)
         except Exception as error:
-            raise blame(error, who, about) from error
+            raise blame(error, self._named("admission", self._admission), _about(request)) from error
         if not isinstance(verdict, Verdict):
-            raise PolicyError(f"{who} answered {verdict!r} for {about}; expected a Verdict(admit, reason)")
+            who = self._named("admission", self._admission)
+            raise PolicyError(
+                f"{who} answered {verdict!r} for {_about(request)}; expected a Verdict(admit, reason)"
+            )
         if not verdict.admit:
             refused = Decision(False, verdict.reason, ingest_lag=ingest_lag)
             return self._turn_away(request, refused, verdict.reason, now)
@@ -184,17 +186,22 @@ class Gateway:
     def _route(
         self, routing: RoutingPolicy, request: Request, views: list[ReplicaView], now: int
     ) -> tuple[int, str]:
-        who, about = self._named("routing", routing), f"request '{request.id}'"
         try:
             route: Any = routing.route  # it may answer anything
             answer = route(request, views, now)
         except Exception as error:
-            raise blame(error, who, about) from error
+            raise blame(error, self._named("routing", routing), _about(request)) from error
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], int)):
-            raise PolicyError(f"{who} answered {answer!r} for {about}; expected (replica index, reason)")
-        if all(answer[0] != view.index for view in views) or self._fleet.ready(answer[0]) is None:
+            raise PolicyError(
+                f"{self._named('routing', routing)} answered {answer!r} for {_about(request)}; expected "
+                "(replica index, reason)"
+            )
+        if answer[0] not in [view.index for view in views] or self._fleet.ready(answer[0]) is None:
             known = ", ".join(str(view.index) for view in views)
-            raise PolicyError(f"{who} sent {about} to replica {answer[0]}; expected one of: {known}")
+            raise PolicyError(
+                f"{self._named('routing', routing)} sent {_about(request)} to replica {answer[0]}; expected one "
+                f"of: {known}"
+            )
         return answer[0], str(answer[1])
 
     @staticmethod
@@ -221,3 +228,7 @@ class Gateway:
             )
         )
         return decision
+
+
+def _about(request: Request) -> str:
+    return f"request '{request.id}'"

@@ -118,6 +118,7 @@ class LiveRequest:
         "keep",
         "known",
         "logprobs",
+        "mark",
         "output",
         "peak",
         "phase",
@@ -182,6 +183,8 @@ class LiveRequest:
         """Where its counters are kept while it decodes in steady state: `sync` brings its own up to date."""
         self.since = 0
         """The grant up to which they are."""
+        self.mark = 0
+        """Its `weight`, once it has decoded in steady state."""
         self.steady = 0
         """Order of joining the decodes in steady state; 0 while it isn't one of them."""
         self.plain = (

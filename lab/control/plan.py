@@ -210,16 +210,20 @@ def chain(
                 blocks.append((item.request, item.blocks))
             continue
         name, taken_now = item.request.encode(), item.blocks
-        sizes = _SIZES(len(name), item.start, item.tokens, item.samples, len(taken_now))
-        parts += (sizes, name, array("i", taken_now).tobytes())
+        parts.append(_SIZES(len(name), item.start, item.tokens, item.samples, len(taken_now)))
+        parts.append(name)
+        parts.append(array("i", taken_now).tobytes())
     head = _HEAD(index, count, len(parts))
-    parts += ((marks & MASK).to_bytes(16, "little"), (starts & MASK).to_bytes(16, "little"))
+    parts.append((marks & MASK).to_bytes(16, "little"))
+    parts.append((starts & MASK).to_bytes(16, "little"))
     for request, ids in blocks:
         name = request.encode()
         if len(ids) == 1:
-            parts += (_TAKEN_ONE(len(name), 1, ids[0]), name)
+            parts.append(_TAKEN_ONE(len(name), 1, ids[0]))
         else:
-            parts += (_TAKEN(len(name), len(ids)), array("i", ids).tobytes(), name)
+            parts.append(_TAKEN(len(name), len(ids)))
+            parts.append(array("i", ids).tobytes())
+        parts.append(name)
     if preempted or rejected or swap_out or swap_in or copies:
         for mark_, pairs in (("preempted", preempted), ("rejected", rejected)):
             for request, word in pairs:

@@ -26,10 +26,9 @@ class WithTransfers:
 
     def step_time(self, plan: StepPlan) -> StepTiming:
         timing = self._cost.step_time(plan)
-        blocks = plan.moved_blocks + plan.copied_blocks
-        if not blocks:
+        if not (plan.swap_out or plan.swap_in or plan.copies):
             return timing
-        took = self._capacity.transfer_ns(blocks)
+        took = self._capacity.transfer_ns(plan.moved_blocks + plan.copied_blocks)
         terms = timing.terms
         if terms:
             terms = (*terms[:_TRANSFER], took, *terms[_TRANSFER + 1 :])
