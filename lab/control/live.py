@@ -277,14 +277,15 @@ class LiveRequest:
         self.sync()
         new = LiveRequest(self.request, seq, self.decision, block_size, self.predicted)
         new.output += self.output
+        new.token_times = self.token_times.copy()
         for name in _LIFE:
             value = getattr(self, name)
-            setattr(new, name, value.copy() if isinstance(value, (list, TokenTimes)) else value)
+            setattr(new, name, list(value) if isinstance(value, list) else value)
         return new
 
 
 _LIFE = (
     "cached_blocks", "cached_tokens", "computed_tokens", "dropped_tokens", "intervals", "known", "logprobs",
-    "phase", "phase_cause", "phase_start", "preemptions", "token_times", "transfers",
+    "phase", "phase_cause", "phase_start", "preemptions", "transfers",
 )  # fmt: skip
 """What of a request doesn't depend on where it is."""

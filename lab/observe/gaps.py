@@ -20,7 +20,7 @@ def counted_gaps(times: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     alone: list[int] = []
     clocks: dict[int, tuple[list[int], list[int], list[int]]] = {}
     for each in times:
-        if not isinstance(each, TokenTimes):
+        if type(each) is not TokenTimes:  # compiled, it takes every sequence for an instance of itself
             alone += [later - earlier for earlier, later in pairwise(each)]
             continue
         own, stretches = each.split()

@@ -280,7 +280,7 @@ class PhysicalCost:
         chunks = tokens = 0.0
         for kind in self.shape.kinds:
             window = kind.window
-            single: float = decodes.context
+            single = float(decodes.context)
             if window is not None and decodes.longest > window:
                 single = min(single, decodes.seqs * window)  # each of them at most; exact if all are beyond
             for item in items:

@@ -28,6 +28,7 @@ POLICIES = (
     ),
     ("policy=vllm_v1", "trace=chat", "eviction=arc", "topology=pd_1p1d", "cost=physical"),
     ("policy=sarathi", "trace=poisson", "fleet.replicas=3", "routing=power_of_two", "cost=roofline"),
+    ("policy=prefill_first", "trace=poisson", "topology=ep8", "cost=physical", "cost.model=qwen3-30b-a3b"),
 )
 
 
