@@ -146,7 +146,12 @@ def keep_side(side: Side) -> Recorder:
     """Run to the end and write nothing. Raises what ends it early."""
     recorder = Recorder()
     control = assemble(
-        side.spec, side.backend.capacity, recorder, side.requests, aggregate=side.backend.name == "sim"
+        side.spec,
+        side.backend.capacity,
+        recorder,
+        side.requests,
+        aggregate=side.backend.name == "sim",
+        capacities=getattr(side.backend, "capacities", ()),
     )
     drive = side.backend.drive(control, side.requests, lambda core, now: None)
     with collector_at_rest():

@@ -155,6 +155,18 @@ def slots(topology: Mapping[str, Any]) -> tuple[Slot, ...]:
     )
 
 
+def of(config: Mapping[str, Any]) -> TopologyConfig:
+    """From a configuration as plain data, such as a run directory's `config.yaml`. Raises `ConfigError`."""
+    told = config.get("topology") or {}
+    try:
+        groups = {str(name): GroupConfig(**group) for name, group in (told.get("groups") or {}).items()}
+        return TopologyConfig(told.get("name", "single"), groups, LinkConfig(**(told.get("link") or {})))
+    except TypeError as error:
+        raise ConfigError(
+            f"the topology can't be read: {error}; was it written by another version?"
+        ) from error
+
+
 def disaggregated(topology: TopologyConfig) -> bool:
     """Whether requests prefill on one replica and decode on another."""
     return any(group.role != "mixed" for group in topology.groups.values())

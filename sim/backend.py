@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from lab import topology
 from lab.assembly import ControlPlane
 from lab.backend import Backend, Progress
 from lab.choices import SHAPED
@@ -16,18 +15,18 @@ from lab.console import Console
 from lab.control.executor import Capacity
 from lab.control.request import Request, RequestId
 from lab.errors import ConfigError, ModelError
-from sim import hardware, model_shape
 from sim.cost.linear import LinearCost
 from sim.cost.model import CostModel
 from sim.cost.physical import PhysicalCost
 from sim.cost.transfer import WithTransfers
 from sim.cost.warmup import WithWarmup
 from sim.described import described_capacity, group_config, power, shaped_cost
-from sim.driver import Simulation
+from sim.driver import LostStep, Simulation
 from sim.executor import Output, SimExecutor
 from sim.fitted import REFERENCE, fitted, fitted_capacity
 from sim.links import Link, Network
 from sim.moves import Failure
+from sim.network import failures, network
 from sim.probes import Watch, speed_of
 from sim.recorded import recorded_capacity, recorded_cost
 
@@ -58,6 +57,7 @@ class SimBackend:
         self.evidence, self.about, self.capacity = evidence, about, capacity
         self.cost = cost
         self._link, self._failures, self._watch = link, failures, watch
+        self._lost_steps: list[LostStep] = []
         models = [model for model, _ in replicas] or [cost]
         self.power = [power(model) for model in models if isinstance(model, PhysicalCost)]
         self._mechanisms, self._console = mechanisms or MechanismsConfig(), console
@@ -78,6 +78,7 @@ class SimBackend:
         told = self._mechanisms
         if self._watch is not None:
             self._watch.ended()
+        self._lost_steps = []
         return Simulation(
             control,
             self.executor,
@@ -88,14 +89,16 @@ class SimBackend:
             executors=self._executors,
             link=self._link,
             failures=self._failures,
+            lost_steps=self._lost_steps,
         )
 
     def account(self) -> dict[str, Any]:
-        """How often the cost model was asked for what nobody has measured, and how fast the machine was meanwhile;
-        empty where there is nothing to say."""
+        """How often the cost model was asked for what nobody has measured, how fast the machine was meanwhile, and the
+        steps that failures cut off, which no other table has; empty where there is nothing to say."""
         asked = getattr(self.cost, "account", None)
         machine = {} if self._watch is None else {"machine_ns": self._watch.account()}
-        return ({} if asked is None else dict(asked())) | machine
+        lost = {"lost_steps": self._lost_steps} if self._failures else {}
+        return ({} if asked is None else dict(asked())) | machine | lost
 
     def close(self) -> None:
         self.executor.close()
@@ -154,8 +157,8 @@ def _measured(cfg: Config, console: Console, beside: Backend | None) -> SimBacke
         mechanisms=cfg.mechanisms,
         console=console,
         replicas=[(cost, capacity)] * count,
-        link=_link(cfg),
-        failures=_failures(cfg),
+        link=network(asdict(cfg)),
+        failures=failures(asdict(cfg)),
         watch=Watch(beside.executor, speed) if beside is not None and speed else None,
     )
 
@@ -191,49 +194,6 @@ def _shaped(cfg: Config, console: Console, beside: Backend | None) -> SimBackend
         mechanisms=cfg.mechanisms,
         console=console,
         replicas=replicas,
-        link=_link(cfg, replicas),
-        failures=_failures(cfg),
+        link=network(asdict(cfg)),
+        failures=failures(asdict(cfg)),
     )
-
-
-def _failures(cfg: Config) -> list[Failure]:
-    return [
-        Failure(
-            each.replica, round(each.at_s * 1e9), None if each.back_s is None else round(each.back_s * 1e9)
-        )
-        for each in cfg.fleet.failures
-    ]
-
-
-def _link(cfg: Config, replicas: Sequence[tuple[PhysicalCost, Capacity]] = ()) -> Link | Network | None:
-    """What KV moves over: as configured, else the slower end's port; one link for all where no nodes are named."""
-    if not topology.disaggregated(cfg.topology):
-        return None
-    wanted, layers = cfg.topology.link, 0
-    if wanted.layerwise:
-        shape = replicas[0][0].shape if replicas else model_shape.load(cfg.cost.model or cfg.model.name)
-        layers = shape.layers
-
-    def made(ports: Sequence[hardware.Link], gb_s: float | None, latency_us: float | None) -> Link:
-        rate = min(port.bytes_s for port in ports) if gb_s is None else gb_s * 1e9
-        late = max(port.latency_s for port in ports) if latency_us is None else latency_us * 1e-6
-        return Link(rate, round(late * 1e9), layers)
-
-    devices = [cost.hardware for cost, _ in replicas]
-    places = topology.slots(asdict(cfg.topology))
-    nodes = tuple(place.node for place in places if place.node is not None)
-    if not nodes:
-        return made([device.network for device in devices], wanted.gb_s, wanted.latency_us)
-    links: dict[tuple[int, int], Link] = {}
-    sources, destinations = ([p.node for p in places if p.role == role] for role in ("prefill", "decode"))
-    for way in sorted({(a, b) for a in sources for b in destinations if a is not None and b is not None}):
-        ends = [
-            device
-            for device, place in zip(devices, places, strict=False)
-            if (place.role, place.node) in (("prefill", way[0]), ("decode", way[1]))
-        ]
-        if way[0] == way[1]:
-            links[way] = made([end.link for end in ends], wanted.node_gb_s, wanted.node_latency_us)
-        else:
-            links[way] = made([end.network for end in ends], wanted.gb_s, wanted.latency_us)
-    return Network(links, nodes)

@@ -48,7 +48,7 @@ def shaped_cost(cfg: Config, group: GroupConfig | None = None) -> PhysicalCost:
     given = {field.name: getattr(wanted, field.name) for field in fields(Coefficients)}
     base = PERFECT if wanted.name == "roofline" else MEASURED
     coefficients = replace(base, **{key: value for key, value in given.items() if value is not None})
-    device = hardware.load(wanted.hardware or "h100_sxm")
+    device = hardware.load(wanted.hardware or hardware.USUAL)
     graphs = GRAPH_SIZES if cfg.mechanisms.graph_padding else ()
     if wanted.tables is not None and parallel.expert > 1:
         raise ConfigError(

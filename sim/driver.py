@@ -7,7 +7,7 @@ real engine's stepped clock, so that both see the same order of events.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import simpy
 
@@ -22,6 +22,9 @@ from sim.links import Link, Network
 from sim.moves import Failure, Moves
 
 NEVER = 1 << 62
+
+LostStep: TypeAlias = tuple[int, str, int]
+"""A step that a failure cut off: replica, digest, and how long it would have taken in nanoseconds."""
 
 Progress = Callable[[EngineCore, int], None]
 
@@ -91,11 +94,12 @@ class Simulation:
         executors: Sequence[SimExecutor] = (),
         link: Link | Network | None = None,
         failures: Sequence[Failure] = (),
+        lost_steps: list[LostStep] | None = None,
     ) -> None:
         """`api_ns`: from a request's arrival until the gateway hears of it. `measured_control`: planning takes what it
         takes here and now, and no two runs are equal. `executors`: of each replica of a topology, where they aren't
         alike. `link`: what KV moves over from replicas that prefill to those that decode. `failures`: replicas that are
-        lost during the run."""
+        lost during the run. `lost_steps` gets the steps that they cut off."""
         self._env = Clock()
         self._api_ns, self._measured_control = api_ns, measured_control
         self._gateway, self._fleet = control.gateway, control.fleet
@@ -108,6 +112,7 @@ class Simulation:
         self._done = self._env.event()
         self._moves = Moves(self._env, control.gateway, control.fleet, link, self._wake, self._end_if_over)
         self._failures = failures
+        self._lost_steps: list[LostStep] = [] if lost_steps is None else lost_steps
         self._coming = 0
         """Lost replicas that will be replaced and aren't ready."""
 
@@ -175,7 +180,7 @@ class Simulation:
             core.relocation.taker = lambda live, now: self._moves.begin(live, core, now)
         # Executors keep what a run has told them, so replicas don't share one.
         alike = self._executors[self._fleet.slots[core.replica]] if self._executors else self._executor
-        executor = alike if core.replica == 0 else alike.another()
+        executor = alike if core.replica == 0 else alike.another(core.replica)
         self._serving += 1
         self._env.process(self._replica(core, executor))
 
@@ -218,6 +223,7 @@ class Simulation:
                 # The arrival process is due at this very instant; let it go first.
                 yield env.timeout(0)
             if self._fleet.lost(index):
+                self._lost_steps.append((index, core.digest, wait))
                 break
             if self._progress is not None:
                 self._progress(core, int(env.now))

@@ -36,10 +36,10 @@ class SimExecutor:
         self.decode_time: Price | None = getattr(cost, "decode_time", None)
         """How long a step of nothing but decodes takes, where the cost model can say that from their sums."""
 
-    def another(self) -> SimExecutor:
+    def another(self, replica: int) -> SimExecutor:
         """A data plane like this one, for another replica."""
-        own = getattr(self._cost, "another", None)  # one that remembers what it was asked
-        return SimExecutor(self._cost if own is None else own(), self.capacity, self._outputs)
+        own = getattr(self._cost, "another", None)  # one that knows a replica's steps from the others'
+        return SimExecutor(self._cost if own is None else own(replica), self.capacity, self._outputs)
 
     def start(self) -> None:
         """Modelled time needs no stopwatch."""

@@ -16,6 +16,8 @@ from typing import Any
 from lab.errors import ConfigError, UnknownNameError
 
 HARDWARE = Path(__file__).parent / "data" / "hardware"
+USUAL = "h100_sxm"
+"""Where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)

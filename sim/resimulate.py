@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lab import topology
 from lab.assembly import EngineSpec
 from lab.config import MechanismsConfig
-from lab.errors import ReplayError
 from sim.backend import SimBackend
-from sim.recorded import recorded_capacity, recorded_cost, recorded_outputs
+from sim.network import failures, network
+from sim.recorded import (
+    recorded_capacities,
+    recorded_capacity,
+    recorded_cost,
+    recorded_costs,
+    recorded_outputs,
+)
 
 if TYPE_CHECKING:
     from lab.analysis.frames import RunLike
@@ -19,8 +26,10 @@ if TYPE_CHECKING:
 def resimulate(run_b: Run, run_a: Run, out: Path | None) -> RunLike:
     """Run b's workload, configuration and policies with a's step durations; into run directory `out` if there is one.
 
-    With b = a (or equal in all but durations) this is the parity test: the plan digests must be a's. Where outputs
-    weren't forced, b's own tokens and ends are used again: they are what its decisions followed.
+    b's topology, links, failures and scaling stay; of a's steps those of the group of the same name lend their
+    durations, else those of the same role, else all. With b = a (or equal in all but durations) this is the parity
+    test: the plan digests must be a's. Where outputs weren't forced, b's own tokens and ends are used again: they are
+    what its decisions followed.
     """
     import yaml
 
@@ -29,19 +38,21 @@ def resimulate(run_b: Run, run_a: Run, out: Path | None) -> RunLike:
     from lab.session import Side, keep_side, run_side
 
     config = dict(run_b.config)
-    if (config.get("topology") or {}).get("groups") or (config.get("fleet") or {}).get("failures"):
-        raise ReplayError(
-            f"run '{run_b.path}' has replica groups or failures, and only a fleet of equal replicas can be simulated "
-            "again with another's durations"
-        )
-    capacity = recorded_capacity(run_b)
+    capacity, capacities = recorded_capacity(run_b), recorded_capacities(run_b)
+    costs = recorded_costs(run_a, topology.slots(config.get("topology") or {}))
+    about: dict[str, Any] = {"cost": "replay", "recorded": run_a.path.name}
+    if capacities:
+        about["replicas"] = [{"blocks": each.blocks} for each in capacities]
     backend = SimBackend(
-        recorded_cost(run_a),
+        recorded_cost(run_a) if not costs else costs[0],
         capacity,
         "replayed",
-        {"cost": "replay", "recorded": run_a.path.name},
+        about,
         recorded_outputs(run_b) if config.get("output_lengths") == "stop" else None,
         MechanismsConfig(api_ms=float(config.get("mechanisms", {}).get("api_ms", 0.0))),
+        replicas=list(zip(costs, capacities, strict=True)),
+        link=network(config),
+        failures=failures(config),
     )
     side = Side(
         backend=backend,

@@ -20,6 +20,8 @@ from lab.topology import Scaled
 
 FAILED = "failed"
 """Why a replica is gone that was lost."""
+IN_PLACE_OF = "in place of "
+"""Why another starts then; the lost one's index follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +265,7 @@ class Fleet:
         index, self._next = self._next, self._next + 1
         self.slots[index] = self.slots[lost]
         self._starting[index] = now + self.spec.cold_start
-        self._tell(now, index, "start", len(self._ready) + len(self._starting), f"in place of {lost}")
+        self._tell(now, index, "start", len(self._ready) + len(self._starting), f"{IN_PLACE_OF}{lost}")
         return index, self._starting[index]
 
     def close(self, now: int) -> None:

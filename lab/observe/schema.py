@@ -24,7 +24,8 @@ FILES: dict[str, str] = {
     "environment.json": "Where and how it ran: command, machine, packages, revision, the backend and its capacity, "
     "what was chosen for each seam, and the OpenTelemetry resource. All that depends on the machine or the calendar is "
     "here.",
-    "cost.json": "What the cost model has to say of its durations, such as how often it extrapolated.",
+    "cost.json": "What the cost model has to say of its durations, such as how often it extrapolated; "
+    "steps that failures cut off.",
     "workload.parquet": "The requests that were to be served, without loss: they can be served again.",
     "requests.parquet": "What became of each request.",
     "steps.parquet": "How long each step took, and the state it left.",

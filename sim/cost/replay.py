@@ -1,13 +1,14 @@
 """Replay: the durations of a recorded run drive the simulation.
 
-While the decisions are the recorded ones (equal digests), each step takes exactly what it took. After a
-divergence there is no recorded duration for a step, so the recorded step of the most similar shape lends its
-own. The first step where that happens is `diverged_at`.
+While the decisions are the recorded ones (equal digests), each step takes exactly what it took, on the replica that
+took it. After a divergence there is no recorded duration for a step, so the recorded step of the most similar shape
+lends its own. The first step where that happens is `diverged_at`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,22 +20,49 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_NONE: Mapping[str, int] = {}
+
+
 class RecordedCost:
-    """Durations by step. `shapes` are (prefill tokens, decode tokens, context tokens) of the recorded steps."""
+    """Durations by step. `shapes` are (prefill tokens, decode tokens, context tokens) of the recorded steps, `replicas`
+    says who took each; none: one did. `cut`: of each replica, steps that its loss cut off, by digest; those lend
+    nothing to others."""
 
     def __init__(
-        self, digests: Sequence[str], timings: Sequence[StepTiming], shapes: Sequence[tuple[int, int, int]]
+        self,
+        digests: Sequence[str],
+        timings: Sequence[StepTiming],
+        shapes: Sequence[tuple[int, int, int]],
+        replicas: Sequence[int] = (),
+        cut: Mapping[int, Mapping[str, StepTiming]] | None = None,
     ) -> None:
         if not digests:
             raise ReplayError("the recorded run has no steps to replay")
-        self._timings = timings
-        self._recorded = {digest: index for index, digest in enumerate(digests)}
-        self._shapes = shapes
+        self._timings, self._shapes = timings, shapes
+        self._replica, self._cut = 0, cut or {}
+        self._recorded: dict[str, int] = {}
+        self._by: dict[int, dict[str, int]] = {}
+        """Steps by replica: two that began alike have steps of one digest, and may still be unlike devices."""
+        for index, digest in enumerate(digests):
+            self._recorded.setdefault(digest, index)
+            self._by.setdefault(replicas[index] if replicas else 0, {})[digest] = index
         self._near: Nearest | None = None
         self.diverged_at: int | None = None
 
+    def another(self, replica: int) -> RecordedCost:
+        """The same for another replica, whose own steps come first."""
+        other = copy.copy(self)
+        other._replica, other.diverged_at = replica, None
+        return other
+
     def step_time(self, plan: StepPlan) -> StepTiming:
-        index = self._recorded.get(plan.digest)
+        digest = plan.digest
+        index = self._by.get(self._replica, _NONE).get(digest)
+        if index is None:
+            cut = self._cut.get(self._replica, {}).get(digest)
+            if cut is not None:
+                return cut
+            index = self._recorded.get(digest)
         if index is not None:
             return self._timings[index]
         if self.diverged_at is None:
@@ -43,7 +71,7 @@ class RecordedCost:
 
     def parity(self, steps: int) -> bool:
         """Whether a run of so many steps took exactly the recorded decisions."""
-        return self.diverged_at is None and steps == len(self._recorded)
+        return self.diverged_at is None and steps == len(self._timings)
 
     def _nearest(self, plan: StepPlan) -> int:
         """The recorded step of least distance in log space; the earliest among equals."""

@@ -20,7 +20,7 @@ class WithWarmup:
         if self._decode_time is not None:
             self.decode_time = self._slow_decode_time
 
-    def another(self) -> WithWarmup:
+    def another(self, replica: int) -> WithWarmup:
         return WithWarmup(self._cost, self._share, self._steps)
 
     def step_time(self, plan: StepPlan) -> StepTiming:

@@ -176,7 +176,7 @@ def test_the_first_steps_are_slower_coasting_or_not() -> None:
 
 def test_each_replica_warms_up_by_itself() -> None:
     cost = WithWarmup(Flat(), 1.0, 5.0)  # type: ignore[arg-type]
-    first, second = SimExecutor(cost, Capacity(10)), SimExecutor(cost, Capacity(10)).another()
+    first, second = SimExecutor(cost, Capacity(10)), SimExecutor(cost, Capacity(10)).another(1)
     plan = StepPlan(0, 0, (), "", preempted=(("x", "recompute"),))
     assert first.execute(plan) == second.execute(plan)
     assert first.plan_ns(plan) == second.plan_ns(plan) == 0
