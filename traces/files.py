@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, cast
 
@@ -61,9 +63,7 @@ def lines(path: str) -> Iterator[tuple[Place, str]]:
     number = 0
     try:
         with Path(path).expanduser().open("rb") as raw:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if packed else raw)
-            for data in stream:
+            for data in _unpacked(raw):
                 number += 1
                 place = Place(path, number)
                 try:
@@ -76,6 +76,21 @@ def lines(path: str) -> Iterator[tuple[Place, str]]:
         raise broken.error(f"the gzip data ends or is damaged here ({error}); download it again") from error
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; a ~user who isn't there
         raise _unreadable(path, error) from error
+
+
+def plain_lines(path: str) -> Iterator[str]:
+    """The same lines in less time, for whoever knows a good one at sight: what isn't UTF-8 shows as U+FFFD. Raises one
+    of `BROKEN` where the file can't be read on; `lines` says where that is, and why."""
+    with Path(path).expanduser().open("rb") as raw:
+        yield from io.TextIOWrapper(_unpacked(raw), encoding="utf-8-sig", errors="replace", newline="\n")
+
+
+BROKEN = (OSError, EOFError, zlib.error, ValueError, RuntimeError)
+
+
+def _unpacked(raw: BufferedReader) -> IO[bytes]:
+    packed = raw.peek(2)[:2] == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw) if packed else raw)
 
 
 def _unreadable(path: str, error: Exception) -> TraceError:
