@@ -112,7 +112,10 @@ def _job(cfg: Config) -> Job:
 
     if cfg.engine.mode == "replay":
         return replayed(cfg)
-    requests, source = workload(cfg)
+    from lab.session import collector_at_rest
+
+    with collector_at_rest():
+        requests, source = workload(cfg)
     spec = EngineSpec.of(dataclasses.asdict(cfg))
     policy = Path(re.sub(r"\.py(?=:|$)", "", cfg.policy.name)).name  # of a loose file, without where it lies
     return Job(cfg, requests, source, spec, config_yaml(cfg), f"{policy}-{cfg.trace.name}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -22,11 +21,15 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lab
-from lab import importing
+from lab import importing, installed
 from lab.errors import ConfigError, PolicyError, UnknownNameError
 from lab.shipped import KINDS, Kind
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution, EntryPoints
 
 try:
     SIBLINGS, __version__ = lab.SIBLINGS, lab.__version__
@@ -39,6 +42,7 @@ except AttributeError:
     ) from None
 
 DISTRIBUTION = "diptych"
+_PREFIX = f"{DISTRIBUTION}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,11 @@ def providers(kind: str) -> dict[str, list[Provider]]:
 
 
 def _entry_points(group: str, path: tuple[str, ...]) -> list[tuple[str, Provider]]:
-    """The entry points of a group with what provides them, as things stand on this `sys.path`."""
-    found = []
+    """The entry points of a group with what provides them, as things stand on this `sys.path`. None at all where nobody
+    but Diptych has any: what ships stands in a table."""
+    found: list[tuple[str, Provider]] = []
+    if not installed.extended(_PREFIX, DISTRIBUTION, path):
+        return found
     for point in _installed(path).select(group=group):
         dist = _named(point.dist) if point.dist else ""
         found.append((point.name, Provider(point.value.replace(" ", ""), dist)))
@@ -70,15 +77,17 @@ def _entry_points(group: str, path: tuple[str, ...]) -> list[tuple[str, Provider
 
 
 @functools.cache  # looks at every distribution that is installed
-def _installed(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    from importlib import metadata
+
     groups = {spec.group for spec in KINDS.values()}
-    every = importlib.metadata.entry_points()
+    every = metadata.entry_points()
     points = [point for group in sorted(groups) for point in every.select(group=group)]
-    return importlib.metadata.EntryPoints(points)
+    return metadata.EntryPoints(points)
 
 
 @functools.cache  # reads its metadata, and all entry points of a distribution have the same
-def _named(dist: importlib.metadata.Distribution) -> str:
+def _named(dist: Distribution) -> str:
     return dist.name
 
 
@@ -179,8 +188,10 @@ def provenance(cls: type) -> str:
     where = f"{cls.__module__}:{cls.__qualname__}"
     if top in SIBLINGS:
         return f"{DISTRIBUTION}=={__version__} {where}"
-    for dist in importlib.metadata.packages_distributions().get(top, ()):
-        return f"{dist}=={importlib.metadata.version(dist)} {where}"
+    from importlib import metadata
+
+    for dist in metadata.packages_distributions().get(top, ()):
+        return f"{dist}=={metadata.version(dist)} {where}"
     return f"{file} {where}"
 
 

@@ -159,7 +159,10 @@ def main(words: list[str]) -> int:
     trace, load = str(Path(options["trace"]).resolve()), float(options.get("load", "0.78"))
     counts = [int(count) for count in options.get("requests", "16000").split(",")]
     if "child" in options:
-        found = simulate(trace, counts[0], options["record"], load, Path(options["child"]))
+        from lab.session import collector_at_rest
+
+        with collector_at_rest():
+            found = simulate(trace, counts[0], options["record"], load, Path(options["child"]))
         (Path(options["child"]) / "found.json").write_text(json.dumps(found))
         return 0
     core = {max(os.sched_getaffinity(0))}

@@ -7,11 +7,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lab import compiled
+from lab import compiled, installed
 
 PACKAGES = (
     "hydra-core",
@@ -26,6 +25,7 @@ PACKAGES = (
     "torch",
     "transformers",
 )
+_REVISION = "# branch.oid "
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -39,7 +39,7 @@ def environment(argv: Sequence[str], **more: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := installed.version(name))},
         "compiled": compiled.in_use(),
         "git": {"revision": revision, "dirty": dirty},
     }
@@ -53,26 +53,18 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
     """(revision, has uncommitted changes) of a checkout; (None, None) when it is none or git is missing."""
     if not (root / ".git").exists():
         return None, None
-    revision = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return revision or None, None if changes is None else bool(changes)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
+    told = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(told, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        return None, None
+    if done.returncode:
+        return None, None
+    lines = done.stdout.splitlines()
+    revision = next(
+        (line.removeprefix(_REVISION) for line in lines if line.startswith(_REVISION)), "(initial)"
+    )
+    return None if revision == "(initial)" else revision, any(not line.startswith("#") for line in lines)
 
 
 def cpu_model() -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from lab.control.observer import Phase, RequestRecord
 from lab.observe.boundaries import BOUNDARIES, Boundary
+from lab.observe.bulk import functions
 from lab.observe.bulk.spans import CODES, Piece, attributes, hexed, laid_out, quoted, told
 from lab.observe.columns import REQUESTS
 from lab.observe.identity import SERVICE, RunInfo, request_traces, span_ids
@@ -240,7 +241,7 @@ class _Intervals:
             )
             order[at] = np.arange(done, done + len(at))
             done += len(at)
-        texts = pa.concat_arrays(said).take(pa.array(order))
+        texts = functions.taken(pa.concat_arrays(said), order)
         return Piece(names, self.rows, ids, roots[self.rows], self._start, self._end, texts)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lab.observe.boundaries import BOUNDARIES, DECLARED, EPOCH_NS, Boundary
+from lab.observe.bulk import functions
 
 CODES: dict[str, int] = {name: code for code, name in enumerate(BOUNDARIES)}
 """Span names by number, as they stand in columns."""
@@ -84,7 +85,7 @@ def laid_out(count: int, pieces: Sequence[Piece], traces: Any, trace_of: Any) ->
         done += len(row)
     starts += EPOCH_NS
     ends += EPOCH_NS
-    attributes = pa.concat_arrays([piece.attributes for piece in pieces]).take(pa.array(order))
+    attributes = functions.taken(pa.concat_arrays([piece.attributes for piece in pieces]), order)
     words = {kind: _words(of[names], _known(kind)) for kind, of in _OF.items()}
     return [
         _words(trace_of[rows], traces), _numbered(ids), _numbered(parents, rooted), _words(names, _known("name")),
@@ -150,7 +151,6 @@ def attributes(boundary: Boundary, count: int, *values: Any) -> Any:
     """The attributes of `count` spans, keys sorted. `values` answer `boundary.attributes` in order: a column of
     whole numbers, `Plain` words, JSON by span (Arrow, whose nulls leave it out), JSON that all have, or None."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     names = [name for name, _ in boundary.attributes]
     if len(names) != len(values):
@@ -171,24 +171,22 @@ def attributes(boundary: Boundary, count: int, *values: Any) -> Any:
     if len(groups) < 2:
         return _joined(count, ["{", *(groups[0] if groups else ()), "}"])
     parts = [_joined(count, group) for group in groups]
-    return _joined(count, ["{", pc.binary_join_element_wise(*parts, ",", null_handling="skip"), "}"])
+    return _joined(count, ["{", functions.joined(*parts, between=",", skip=True), "}"])
 
 
 def _text(value: Any) -> Any:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     if isinstance(value, np.ndarray):
         if len(value) and value.min() == value.max():
             return str(int(value[0]))
         value = pa.array(value)
-    return pc.cast(value, pa.string()) if isinstance(value, pa.Array) else value
+    return functions.written(value) if isinstance(value, pa.Array) else value
 
 
 def _joined(count: int, parts: Sequence[Any]) -> Any:
     """Texts and columns, one after another, as a column."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     merged: list[Any] = []
     for part in parts:
@@ -198,4 +196,4 @@ def _joined(count: int, parts: Sequence[Any]) -> Any:
             merged.append(part)
     if all(isinstance(part, str) for part in merged):
         return pa.repeat(pa.scalar("".join(merged), pa.string()), count)
-    return pc.binary_join_element_wise(*merged, "")
+    return functions.joined(*merged)
