@@ -37,6 +37,7 @@ def version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def extended(prefix: str, own: str, path: tuple[str, ...]) -> bool:
     """Whether another distribution than `own` may have entry points in a group whose name begins with `prefix`."""
     found = _look(path)

@@ -36,14 +36,17 @@ def load_azure(name: str, options: AzureOptions, path: str) -> Workload:
 
 
 def _rows(name: str, path: str) -> Iterator[Row]:
-    index = yield from _plain_rows(name, path)
-    if index is None:
-        return
-    for place, row in islice(csv_rows(path, _COLUMNS), index, None):
+    rest = yield from _plain_rows(name, path)
+    if rest is not None:
+        yield from _csv_rows(name, path, rest)
+
+
+def _csv_rows(name: str, path: str, first: int) -> Iterator[Row]:
+    """From row `first` on, as any CSV may be written."""
+    for index, (place, row) in enumerate(islice(csv_rows(path, _COLUMNS), first, None), first):
         prompt = Segment(stream_of(name, index), 0, tokens(place, row, "ContextTokens"))
         arrival = timestamp_ns(place, row["TIMESTAMP"])
         yield Row(arrival, (prompt,), tokens(place, row, "GeneratedTokens"))
-        index += 1
 
 
 def _plain_rows(name: str, path: str) -> Generator[Row, None, int | None]:

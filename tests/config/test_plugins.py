@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from lab import choices, plugins
+from lab import choices, installed, plugins
 from lab.errors import ConfigError, PolicyError, UnknownNameError
 from lab.policy import SchedulingPolicy
 from lab.shipped import KINDS
@@ -54,6 +55,30 @@ class Theirs(SchedulingPolicy):
     def __init__(self, window: int = 3) -> None:
         self.window = window
 '''
+
+
+def test_what_is_installed_is_what_python_says(elsewhere: Callable[..., Path]) -> None:
+    elsewhere("Some_body.Else", "[console_scripts]\nx = y:z\n")
+    for dist in metadata.distributions():
+        assert installed.version(dist.name) == metadata.version(dist.name), dist.name
+    assert installed.version("some-body-else") == "1.2"
+    assert installed.version("nobody-has-this") is None
+
+
+@pytest.mark.parametrize("kind", ["dist-info", "egg-info", "archive"])
+def test_entry_points_of_another_distribution_are_noticed(tmp_path: Path, kind: str) -> None:
+    assert not installed.extended("diptych.", "diptych", (str(tmp_path), str(tmp_path / "gone.zip")))
+    place = tmp_path / kind
+    if kind == "archive":
+        place.write_bytes(b"PK")
+    else:
+        for name, group in (("diptych", "diptych.scheduling"), ("other", "diptychs")):
+            (info := place / f"{name}-1.{kind}").mkdir(parents=True)
+            (info / "entry_points.txt").write_text(f"[{group}]\nx = y:z\n")
+        assert not installed.extended("diptych.", "diptych", (str(place),))
+        installed.extended.cache_clear()
+        (info / "entry_points.txt").write_text("[a]\nx = y:z\n\n[diptych.scheduling]\nx = y:z\n")
+    assert installed.extended("diptych.", "diptych", (str(place),))
 
 
 def test_built_in_table_equals_the_entry_points_of_the_distribution() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import tempfile
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lab.errors import ConfigError, TraceError, UnknownNameError
+from traces import azure
 from traces.azure import timestamp_ns
 from traces.files import Place
 from traces.registry import TRACES, build
@@ -108,6 +111,43 @@ def test_timestamps_differ_by_exactly_their_ticks(moment, digit):
     place = Place("p", 1)
     assert timestamp_ns(place, f"{text}{digit}") - timestamp_ns(place, text) == digit * 100
     assert timestamp_ns(place, f"{text}+01:30") == timestamp_ns(place, text) - 5400 * 10**9
+
+
+PLAIN = [
+    "2023-11-16 18:17:03.9799600,4,10",
+    "2024-05-10 23:59:59+05:30,700,1",
+    "2023-11-16T18:17:04Z,12,999999999",
+]
+ODD = [
+    '"2023-11-16 18:17:05",1,2', " 2023-11-16 18:17:05 ,1,2", "2023-11-16 18:17:05,+1, 2", "2023-11-16 18:17:05,007,2",
+    "", "2023-11-16 18:17:60,1,2", "2023-02-30 18:17:05,1,2", "2023-11-16 18:17:05+24:00,1,2",
+    "2023-11-16 18:17:05,0,2", "2023-11-16 18:17:05,1000000000,2", "2023-11-16 18:17:05,1",
+    "2023-11-16 18:17:05,\u0661,2", "\udcff", "2023-11-16\r,1,2", "2023-11-16 18:17:05,1,2\x85",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", ["TIMESTAMP,ContextTokens,GeneratedTokens", "GeneratedTokens,b,TIMESTAMP"])
+@given(
+    st.lists(st.sampled_from(PLAIN + ODD), max_size=6), st.sampled_from(["\n", "\r\n"]), st.integers(0, 40)
+)
+@example([PLAIN[0], ODD[0], PLAIN[1], ODD[5]], "\n", 0)
+def test_rows_read_at_sight_are_those_that_csv_reads(header, lines, ending, cut):
+    data = ending.join(["\ufeff" * (cut % 2) + header, *lines]).encode(errors="surrogateescape")
+    if cut > 30:
+        data = gzip.compress(data)[:-cut]
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder, "a")).write_bytes(data)
+        assert told(lambda: azure._rows("x", str(file))) == told(lambda: azure._csv_rows("x", str(file), 0))
+
+
+def told(rows):
+    """What a reader gives, and what it says in the end."""
+    found = []
+    try:
+        found.extend(rows())
+    except TraceError as error:
+        found.append(str(error))
+    return found
 
 
 def test_shared_hash_ids_are_a_shared_prefix_token_by_token(write):
