@@ -6,27 +6,36 @@ without them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
-
-try:
-    from pyarrow._compute import CastOptions, JoinOptions, call_function
-except ImportError:  # another version's affair
-    from pyarrow.compute import CastOptions, JoinOptions, call_function
 
 
 def joined(*parts: Any, between: str = "", skip: bool = False) -> Any:
     """Texts and columns of texts, one after another, as a column; a null makes null, or is left out (`skip`)."""
-    options = JoinOptions("skip" if skip else "emit_null", "")
-    return call_function("binary_join_element_wise", [*parts, between], options)
+    arrow = _arrow()
+    options = arrow.JoinOptions("skip" if skip else "emit_null", "")
+    return arrow.call_function("binary_join_element_wise", [*parts, between], options)
 
 
 def taken(column: Any, order: Any) -> Any:
     """The values of a column at these places (numpy)."""
-    return call_function("array_take", [column, order])
+    return _arrow().call_function("array_take", [column, order])
 
 
 def written(column: Any) -> Any:
     """Numbers as texts."""
     import pyarrow as pa
 
-    return call_function("cast", [column], CastOptions.safe(pa.string()))
+    arrow = _arrow()
+    return arrow.call_function("cast", [column], arrow.CastOptions.safe(pa.string()))
+
+
+@cache
+def _arrow() -> Any:
+    try:
+        from pyarrow import _compute
+    except ImportError:  # another version's affair
+        from pyarrow import compute
+
+        return compute
+    return _compute
