@@ -76,6 +76,9 @@ class SimBackend:
 
     def drive(self, control: ControlPlane, requests: Sequence[Request], progress: Progress) -> Simulation:
         told = self._mechanisms
+        expects = getattr(self.cost, "expects", None)  # one that prices where KV lies
+        if expects is not None:
+            expects(requests, self.capacity, max(1, len(self.replicas)))
         if self._watch is not None:
             self._watch.ended()
         self._lost_steps = []

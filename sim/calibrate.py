@@ -1,10 +1,10 @@
 """Fit the simulator's cost model to an executor: measure a grid of batch shapes, then a short real workload.
 
 The grid drives the data plane alone with plans made by hand, so that every shape is measured on purpose. The
-short workload goes through the real control plane. Every other step of it joins the fit, which so learns the
-planning and commit times and what a step takes in company (forward passes in a row of their own are up to a
-tenth faster); the steps between are held out, for a first estimate of the error. Fits that leave out a fifth of
-the shapes in turn say what the error is on each kind of batch. Data plane.
+short workload goes through the real control plane, once after each round of the grid. Every other step of it joins
+the fit, which so learns the planning and commit times and what a step takes in company (forward passes in a row of
+their own are up to a tenth faster); the steps between are held out, for a first estimate of the error. Fits that
+leave out a fifth of the shapes in turn say what the error is on each kind of batch. Data plane.
 
     python -m sim.calibrate model=smollm2       measures this machine, prints the fit, and keeps it
 """
@@ -47,6 +47,8 @@ def grid(limits: Limits, max_context: int) -> list[Shape]:
     """Shapes around what an engine with these limits runs, smallest first."""
     budget, seqs = limits.token_budget, limits.max_seqs
     shapes = [Shape(b, c) for b in (1, 2, 4, 8, 12, 16, 24, 32) for c in (32, 128, 384, 1024)]
+    shapes += [Shape(b, c) for b in (6, 10, 13, 20) for c in (32, 256)]
+    shapes += [Shape(b, c, side_by_side=True) for b in (2, 4, 8, 12, 16, 24) for c in (128, 512)]
     shapes += [Shape(b, c, shared=c * 7 // 8) for b in (4, 8, 16, 32) for c in (256, 1024)]
     shapes += [Shape(chunks=((s, n),)) for n in (16, 48, 128, 256, 512) for s in (0, 256)]
     shapes += [Shape(chunks=((0, n),) * k) for k, n in ((2, 64), (4, 64), (4, 128))]
@@ -203,18 +205,20 @@ def measure(
     # Rounds over the whole grid, not repeats of one shape: a noisy second then spoils one sample of many.
     for round_ in range(repeats):
         for index, shape in enumerate(shapes):
-            notify(round_ * len(shapes) + index, repeats * len(shapes) + 1, shape.label())
+            notify(round_ * (len(shapes) + 1) + index, repeats * (len(shapes) + 1), shape.label())
             probed.keep_up()
             seen.add(shape.label(), bench.measure(shape))
-    bench.finish()
-    notify(repeats * len(shapes), repeats * len(shapes) + 1, "a short workload")
-    for step in shakedown(probed, policy, eviction, limits):
-        if step.plan.work:
-            seen.add(None, [(Batch.of(step.plan), step.timing)])
+        bench.finish()
+        notify((round_ + 1) * (len(shapes) + 1) - 1, repeats * (len(shapes) + 1), "a short workload")
+        for step in shakedown(probed, policy, eviction, limits):
+            if step.plan.work:
+                seen.add(None, [(Batch.of(step.plan), step.timing)])
     probed.probe()
     return seen.all()
 
 
+TILES = {"native": 12}
+"""By product: the rows of one tile (`ROWS` in real_engine/native/product.h)."""
 HEADS_APART = {"native-paged": 4}
 """By attention: with fewer decodes than so many a thread, their heads are shared out (`tasks` in
 real_engine/native/attention.h)."""
@@ -225,17 +229,26 @@ def fit(measured: Measured, about: Mapping[str, Any]) -> LinearCost:
     if measured.speed:
         about = {**about, "probes_ns": {str(rows): ns for rows, ns in measured.speed.items()}}
     share = HEADS_APART.get(about.get("attention", ""), 0)
-    about = {**about, "heads_apart_below": share * int(about.get("threads", 0))}
-    learnt, unseen = measured.steps[::2], measured.steps[1::2]
+    about = {
+        **about,
+        "heads_apart_below": share * int(about.get("threads", 0)),
+        "tile_rows": TILES.get(about.get("linear", ""), 0),
+    }
+    # The short workload comes several times: its steps are as many batches, of which every other is left out.
+    steps: dict[Batch, list[Sample]] = {}
+    for sample in measured.steps:
+        steps.setdefault(sample[0], []).append(sample)
+    batches = list(steps.values())
+    learnt, unseen = ([sample for runs in batches[start::2] for sample in runs] for start in (0, 1))
     told: dict[str, list[tuple[Batch, int]]] = {}
     for phase in PHASES:
-        told[phase] = [(batch, getattr(timing, phase)) for batch, timing in learnt]
+        kept: list[Sequence[Sample]] = list(batches[::2])
         if phase not in ("plan_ns", "commit_ns"):
-            medians = [
-                (runs[0][0], round(statistics.median(getattr(timing, phase) for _, timing in runs)))
-                for runs in measured.grid.values()
-            ]
-            told[phase] = medians + told[phase]
+            kept = [*measured.grid.values(), *kept]
+        told[phase] = [
+            (runs[0][0], round(statistics.median(getattr(timing, phase) for _, timing in runs)))
+            for runs in kept
+        ]
     cost = levelled(LinearCost.fit(told, about), learnt)
     executed = [statistics.median(timing.execute_ns for _, timing in runs) for runs in measured.grid.values()]
     quality = {

@@ -16,12 +16,13 @@ import math
 import statistics
 import time
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lab.control.executor import Capacity, Executor
 from lab.control.plan import Decoding, StepPlan, StepResult, StepTiming
+from lab.control.request import Request
 from sim.bench import IN_A_ROW, Bench, Shape
 from sim.cost.linear import LinearCost
 from sim.cost.model import Batch
@@ -93,6 +94,9 @@ class Paced:
 
     def price(self, batch: Batch) -> StepTiming:
         return self.pace.applied(self.cost.price(batch), batch.rows)
+
+    def expects(self, requests: Iterable[Request], capacity: Capacity, pools: int = 1) -> None:
+        self.cost.expects(requests, capacity, pools)
 
     def account(self) -> dict[str, Any]:
         return self.cost.account()

@@ -16,6 +16,7 @@ from lab.analysis.architecture import architecture_svg
 from lab.analysis.drawing import KV_COLOURS, SIDE_COLOURS, STAGE_COLOURS, STAGE_LABELS, labelled
 from lab.analysis.files import write_atomic
 from lab.analysis.frames import RunLike
+from lab.analysis.machine import machine
 from lab.analysis.page.embed import WITHOUT, Embedded, as_json, available, embed
 from lab.analysis.page.words import describe, parting, span_counts, summary
 from lab.analysis.plots import figures
@@ -81,6 +82,7 @@ def render(
             colours={"stages": STAGE_COLOURS, "kv": KV_COLOURS, "sides": [colour for _, colour, _ in sides]},
             partial=[(label, run.partial) for label, _, run in sides if run.partial],
             sentences=[] if diff is None else verdict(diff),
+            machine=[told for told in map(machine, several) if told],
             table=summary(several, diff),
             diff=diff,
             stages=[] if diff is None else [(part, STAGE_LABELS[part]) for part in diff.moved],

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lab.control.executor import Capacity
 from lab.control.plan import Decoding, StepPlan, StepTiming
+from lab.control.request import Request
 from lab.errors import ConfigError
+from sim.cost.layout import share_scattered
 from sim.cost.model import Batch
 
-FORMAT = 4
+FORMAT = 5
 
 Feature = Callable[[Batch], float]
 
@@ -54,6 +57,14 @@ FEATURES: dict[str, Feature] = {
     "prefill_context": lambda b: b.prefill_context,
     "new": lambda b: b.new,
 }
+ROWS_ALONE = "rows_alone"
+"""Rows beyond half a tile, as long as one tile holds them all (`tile_rows` in what the fit says of its engine): while
+our own product computes with one tile it fetches nothing ahead, so computing is added to waiting for weights. With
+fewer rows it hides behind the waiting, with more the next weights are fetched meanwhile; there a batch gets cheaper as
+it grows."""
+SCATTERED = "scattered_context"
+"""The decodes' context that lies in blocks apart from each other, as those of a pool in use do (`sim.cost.layout`), and
+is read first: what is read again comes from the processor's cache, wherever it lies."""
 FEW_CONTEXT, FEW_FIRST_CONTEXT = "few_context", "few_first_context"
 """The decodes' contexts where there are fewer decodes than `heads_apart_below` in what the fit says of its engine: too
 few for all threads, so each head is read for itself, and a token costs more. At that number a batch gets cheaper as it
@@ -66,10 +77,13 @@ the processor's cache, so it costs less by the first reading's price: never more
 def features(about: Mapping[str, Any]) -> Mapping[str, Feature]:
     """By name, those that can be told of batches of this engine."""
     few = int(about.get("heads_apart_below", 0))
+    tile = int(about.get("tile_rows", 0))
     # Where attention reads blocks as they lie, nothing is padded; a fit that may think so takes uneven contexts for it.
     known = {name: told for name, told in FEATURES.items() if not (few and name == "decode_padded")}
     return {
         **known,
+        ROWS_ALONE: lambda b: max(0, b.rows - tile // 2) if b.rows <= tile else 0,
+        SCATTERED: lambda b: max(0, b.scattered - b.reread),
         FEW_CONTEXT: lambda b: b.decode_context if b.decodes < few else 0,
         FEW_FIRST_CONTEXT: lambda b: b.decode_context - b.reread if b.decodes < few else 0,
     }
@@ -81,12 +95,14 @@ PHASES: dict[str, tuple[str, ...]] = {
     "forward_ns": (
         "step",
         *RAMPS,
+        ROWS_ALONE,
         "seqs",
         "samples",
         "decode_context",
         "first_context",
         FEW_CONTEXT,
         FEW_FIRST_CONTEXT,
+        SCATTERED,
         "decode_padded",
         "prefill_pairs",
         "prefill_context",
@@ -116,12 +132,16 @@ class LinearCost:
     steps: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
     outside: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How often a batch was larger than any measured one, by what it was large in."""
+    scattered: list[float] = field(default_factory=lambda: [0.0], init=False, repr=False, compare=False)
+    """Which share of the decodes' context lies scattered in the run that is simulated."""
     _reach: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _phases: list[list[tuple[float, Feature]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Each phase as (coefficient, feature) pairs, since this runs once for every simulated step.
-        known = features(self.measured_on)
+        share, known = self.scattered, dict(features(self.measured_on))
+        measured = known[SCATTERED]
+        known[SCATTERED] = lambda b: measured(b) or share[0] * (b.decode_context - b.reread)
         compiled = [
             [(value, known[name]) for name, value in self.coefficients[phase].items()] for phase in PHASES
         ]
@@ -156,6 +176,11 @@ class LinearCost:
             times.append(round(total))
         plan_ns, prepare_ns, forward_ns, sample_ns, commit_ns = times
         return StepTiming(plan_ns, prepare_ns, forward_ns, sample_ns, commit_ns)
+
+    def expects(self, requests: Iterable[Request], capacity: Capacity, pools: int = 1) -> None:
+        """A run of these requests on so many such pools is to be simulated next."""
+        if SCATTERED in self.coefficients["forward_ns"]:
+            self.scattered[0] = share_scattered(requests, capacity, pools)
 
     def account(self) -> dict[str, Any]:
         """For the run's record: steps asked for, and how many of them lay beyond what was measured."""

@@ -44,6 +44,8 @@ class Batch:
     """Requests that the data plane sees for the first time."""
     reread: int = 0
     """Of `decode_context`, tokens in KV blocks that another request of the batch reads too, and has read before."""
+    scattered: int = 0
+    """Of `decode_context`, tokens in KV blocks that don't lie side by side. A plan doesn't say; who measures knows."""
 
     @classmethod
     def of_decodes(cls, decodes: Decoding) -> Batch:

@@ -20,6 +20,7 @@ from lab.control.request import Prompt, Request, Segment
 from lab.errors import ConfigError
 from sim.bench import Bench, Shape
 from sim.calibrate import _by_shape, describe, levelled
+from sim.cost.layout import share_scattered
 from sim.cost.linear import FEATURES, FORMAT, PHASES, RAMPS, LinearCost, features
 from sim.cost.model import Batch
 from sim.fitted import REFERENCE
@@ -117,6 +118,54 @@ def test_what_is_read_again_costs_as_much_less_as_measured_and_never_more_than_t
         assert steep.price(shared(n, c + 1, c)).forward_ns >= steep.price(shared(n, c, c)).forward_ns
     assert "decode_padded" not in known
     assert "decode_padded" in features({})
+
+
+def test_rows_of_one_tile_cost_more_than_those_of_two_where_the_engine_computes_in_tiles() -> None:
+    about = {"tile_rows": 12}
+    known = features(about)
+    planted = {**PLANTED, "rows_alone": 250_000.0}
+    batches = [Batch.of(plan([(c, 1)] * n)) for n in (*range(1, 21), 24, 32) for c in (16, 300)]
+    batches += [Batch.of(plan([(s, n)])) for s in (0, 100, 400) for n in (9, 50, 300)]
+    took = [round(sum(v * known[k](b) for k, v in planted.items())) for b in batches]
+    cost = LinearCost.fit({phase: list(zip(batches, took, strict=True)) for phase in PHASES}, about)
+    for batch, expected in zip(batches, took, strict=True):
+        assert cost.price(batch).forward_ns == pytest.approx(expected, rel=2e-3)
+    one, two = (cost.price(Batch.of(plan([(0, 1)] * n))).forward_ns for n in (12, 13))
+    assert one - two == pytest.approx(6 * 250_000 - 30_000, rel=0.05)
+    assert features({})["rows_alone"](batches[20]) == 0
+
+
+def test_scattered_context_costs_what_was_measured_and_only_in_a_pool_that_comes_round() -> None:
+    known = features({})
+    planted = {**PLANTED, "scattered_context": 300.0}
+    batches = [Batch.of(plan([(c, 1)] * n)) for n in (1, 4, 8, 16) for c in (16, 100, 700)]
+    apart = [replace(b, scattered=b.decode_context) for b in batches]
+    told = [*batches, *apart, *(Batch.of(plan([(s, n)])) for s in (0, 100) for n in (7, 300))]
+    took = [round(sum(v * known[k](b) for k, v in planted.items())) for b in told]
+    cost = LinearCost.fit({phase: list(zip(told, took, strict=True)) for phase in PHASES}, {})
+    batch, whole = batches[5], 300 * batches[5].decode_context
+    beside = cost.price(batch).forward_ns
+    assert cost.price(apart[5]).forward_ns - beside == pytest.approx(whole, rel=0.03)
+    requests = [Request(id=f"r{i}", prompt=Prompt((Segment(i, 0, 90),)), output_len=10) for i in range(40)]
+    for blocks, share in ((1000, 0.0), (250, 0.0), (125, 0.5), (25, 0.9), (1, 1.0)):
+        cost.expects(requests, Capacity(blocks, 16, 8192))
+        assert cost.price(batch).forward_ns - beside == pytest.approx(share * whole, rel=0.03)
+        assert cost.price(apart[5]).forward_ns - beside == pytest.approx(whole, rel=0.03)  # measured as such
+    cost.expects(requests, Capacity(125, 16, 8192), pools=2)
+    assert cost.price(batch).forward_ns == beside
+
+
+def test_what_many_ask_alike_is_written_once() -> None:
+    room = Capacity(10, 16, 8192)  # 160 tokens
+    alike = [Request(id=f"r{i}", prompt=Prompt((Segment(1, 0, 150),)), output_len=1) for i in range(10)]
+    assert share_scattered(alike, room) == 0
+    turns = [
+        Request(id=f"r{i}", prompt=Prompt((Segment(1, 0, 32 * i + 32),)), output_len=1) for i in range(9)
+    ]
+    assert share_scattered(turns, room) == pytest.approx(1 - 160 / (9 * 32 + 9))
+    own = [Request(id=f"r{i}", prompt=Prompt.of([i] * 31), output_len=1) for i in range(10)]
+    assert share_scattered(own, room) == pytest.approx(0.5)
+    assert share_scattered([], room) == 0
 
 
 def test_newcomers_are_counted_and_their_plans_take_longer() -> None:
@@ -298,7 +347,12 @@ def test_decodes_are_measured_in_a_row_on_blocks_that_lie_apart() -> None:
     assert [batch.decode_context for batch, _ in found] == [
         sum(item.context for item in step.work) for step in row[1:]
     ]
+    assert all(batch.scattered == batch.decode_context for batch, _ in found)
     assert len(bench.measure(Shape(2, 50, ((0, 30),)))) == 1
+    seen.clear()
+    assert all(batch.scattered == 0 for batch, _ in bench.measure(Shape(4, 300, side_by_side=True)))
+    beside = [b == a + 1 for item in seen[1].work for a, b in pairwise(item.blocks)]
+    assert 0.6 < sum(beside) / len(beside) < 0.9
     seen.clear()
     [batch, _] = [batch for batch, _ in bench.measure(Shape(4, 100, shared=48))]
     tables = [item.blocks for item in seen[1].work]

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +120,16 @@ def test_the_machine_around_a_run_is_said_in_a_sentence(tmp_path: Path) -> None:
     watch = Watch(Drifting([Pace()], 1), {1: 1.0, 8: 2.0, 128: 4.0})
     path = tmp_path / "cost.json"
     run = Run(tmp_path, None)
+    rows = [1, 2, 8, 128]
+    run.steps = pd.DataFrame(
+        {
+            "prefill_tokens": [0, 0, 0, 128],
+            "decode_tokens": [1, 2, 8, 0],
+            "forward_ns": [100] * 4,
+            "start_ns": [0] * 4,
+            "end_ns": [125] * 4,
+        }
+    )
     assert machine(run) == ""
     path.write_text(json.dumps({"machine_ns": watch.account()}))
     assert machine(run) == ""  # the run is still going on
@@ -127,3 +138,5 @@ def test_the_machine_around_a_run_is_said_in_a_sentence(tmp_path: Path) -> None:
     told["before"], told["after"] = {"1": 1.2, "8": 2.0, "128": 3.6}, {"1": 1.0, "8": 2.0, "128": 4.0}
     path.write_text(json.dumps({"machine_ns": told}))
     assert "rows 1 +10 %, 8 +0 %, 128 -5 %; before and after lie up to 20 % apart" in machine(run)
+    paces = [Pace((1, 8, 128), (1.1, 1.0, 0.95)).at(n) for n in rows]
+    assert f"would change by {100 * 100 * (sum(paces) - 4) / 500:+.1f} %:" in machine(run)
