@@ -54,6 +54,9 @@ class LinkConfig:
     latency_us: float | None = _option(None, "until the first byte is there; null: the slower end's")
     node_gb_s: float | None = _option(None, "bandwidth inside a node; null: the slower end's device link")
     node_latency_us: float | None = _option(None, "the same until the first byte; null: the slower end's")
+    switch_gb_s: float | None = _option(
+        None, "what all links between different nodes carry together; null: they share nothing"
+    )
     layerwise: bool = _option(False, "send a prompt's KV layer by layer while it is being computed")
 
 
@@ -207,7 +210,7 @@ def validate(topology: TopologyConfig, shaped: bool) -> None:
             f"topology {topology.name} has mixed replicas beside prefill and decode; expected one kind or the other."
         )
     _validate_nodes(topology, shaped)
-    for what in ("gb_s", "latency_us", "node_gb_s", "node_latency_us"):
+    for what in ("gb_s", "latency_us", "node_gb_s", "node_latency_us", "switch_gb_s"):
         value = getattr(topology.link, what)
         if value is not None and not (0 <= value < math.inf and (value or "gb_s" not in what)):
             raise ConfigError(f"topology.link.{what} is {value}; expected a finite number above 0.")
@@ -227,7 +230,7 @@ def _validate_nodes(topology: TopologyConfig, shaped: bool) -> None:
     """All groups name their replicas' nodes, or none does."""
     named = [name for name, group in topology.groups.items() if group.nodes]
     inside = {"node_gb_s": topology.link.node_gb_s, "node_latency_us": topology.link.node_latency_us}
-    for what, value in inside.items():
+    for what, value in {**inside, "switch_gb_s": topology.link.switch_gb_s}.items():
         if value is not None and not named:
             raise ConfigError(
                 f"topology.link.{what} is {value}, and no group says on which nodes its replicas are; expected "

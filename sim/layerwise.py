@@ -14,6 +14,7 @@ from typing import Any
 import simpy
 
 from lab.control.core import EngineCore
+from sim.wires import Wire
 
 
 class Stream:
@@ -22,19 +23,17 @@ class Stream:
     def __init__(
         self,
         env: simpy.Environment,
-        wire: simpy.Resource,
+        wire: Wire,
         source: EngineCore,
         destination: int,
         skip: int,
-        layers: int,
-        wire_ns: Callable[[int], int],
         carried: Callable[[int], None],
     ) -> None:
         """`skip`: leading tokens that the destination has cached. `carried` hears of all bytes that went over the
         link."""
         self.source, self.destination, self.skip = source, destination, skip
-        self._env, self._wire, self._layers = env, wire, layers
-        self._wire_ns, self._carried = wire_ns, carried
+        self._env, self._wire, self._layers = env, wire, wire.link.layers
+        self._carried = carried
         self.wasted = 0
         """Bytes that were sent in vain: the prompt lost its KV and was computed again."""
         self.last = -1
@@ -115,9 +114,9 @@ class Stream:
         while not self._cancelled:
             ready, more = self._ready(int(env.now))
             if ready > self._sent:
-                with self._wire.request() as turn:
-                    yield turn
-                    yield from self._piece()
+                yield from self._wire.turn()
+                yield from self._piece()
+                self._wire.done()
             elif more is not None:
                 yield env.timeout(more - env.now)
             elif self._done:
@@ -137,7 +136,7 @@ class Stream:
             self.resumed = int(self._env.now)
         before, after = self.size(self._sent), self.size(ready)
         self._on_wire = True
-        yield self._env.timeout(self._wire_ns(after) - self._wire_ns(before))
+        yield from self._wire.carry(before, after)
         self._on_wire, self.last = False, int(self._env.now)
         self._carried(after - before)
         if life == self._life:

@@ -28,6 +28,8 @@ class Network:
     """By (node of the source, node of the destination): each way has its own."""
     nodes: tuple[int, ...] = ()
     """Of each place of the topology; none: all are on node 0, and share one link."""
+    switch_bytes_s: float | None = None
+    """All that the links between different nodes carry together; None: they share nothing."""
 
     def way(self, source: int, destination: int) -> tuple[int, int]:
         """Which link lies between two places."""

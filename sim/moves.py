@@ -25,6 +25,7 @@ from lab.control.plan import StepPlan
 from lab.control.request import RequestId
 from sim.layerwise import Stream
 from sim.links import Link, Network
+from sim.wires import Wire, Wires
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,7 @@ class Moves:
         """`wake`: a replica may have something to do. `idle`: a move has ended."""
         self._env, self._gateway, self._fleet = env, gateway, fleet
         self._wake, self._idle = wake, idle
-        self._network = Network({(0, 0): link}) if isinstance(link, Link) else link
-        self._wires: dict[tuple[int, int], simpy.Resource] = {}
-        """Each carries one transfer at a time."""
+        self._wires = Wires(env, Network({(0, 0): link}) if isinstance(link, Link) else link)
         self.pending: dict[int, list[_Move]] = {}
         """By destination, moves that wait for room, in order."""
         self._homeless: list[_Move] = []
@@ -109,16 +108,12 @@ class Moves:
     @property
     def layerwise(self) -> bool:
         """Whether KV is sent while it is being computed."""
-        return self._network is not None and any(link.layers for link in self._network.links.values())
+        return self._wires.layerwise
 
-    def _way(self, source: int, destination: int) -> tuple[Link, simpy.Resource]:
-        """The link between two replicas, by index, and the queue for it."""
-        assert self._network is not None
+    def _way(self, source: EngineCore, destination: EngineCore) -> Wire:
+        """The link between two replicas."""
         slots = self._fleet.slots
-        way = self._network.way(slots[source], slots[destination])
-        if way not in self._wires:
-            self._wires[way] = simpy.Resource(self._env, capacity=1)
-        return self._network.links[way], self._wires[way]
+        return self._wires.between(slots[source.replica], slots[destination.replica])
 
     # -- while the prompt is being computed ------------------------------------------------------------
 
@@ -144,8 +139,7 @@ class Moves:
         if core is None:
             return None
         skip = core.cached(request)
-        link, wire = self._way(source.replica, core.replica)
-        stream = Stream(self._env, wire, source, core.replica, skip, link.layers, link.wire_ns, self._carry)
+        stream = Stream(self._env, self._way(source, core), source, core.replica, skip, self._carry)
         self._streams[name] = stream
         return stream
 
@@ -212,24 +206,24 @@ class Moves:
         self, move: _Move, destination: EngineCore, new: LiveRequest
     ) -> Generator[simpy.Event, Any, None]:
         env, stream = self._env, move.stream
-        link, wire = self._way(move.source.replica, destination.replica)
+        wire = self._way(move.source, destination)
         capacity, name = move.source.capacity, move.old.request.id
         tokens, sent, late = move.tokens, int(env.now), 0
         if stream is not None:
             yield stream.over
             tokens = max(tokens - (move.old.computed - stream.skip), 0)  # cached there then, and not any more
-            late = max(stream.last + link.latency_ns - int(env.now), 0)
+            late = max(stream.last + wire.link.latency_ns - int(env.now), 0)
             sent = max(sent, stream.resumed)
         size = -(-tokens * capacity.block_bytes // capacity.block_size)
         if tokens:
-            with wire.request() as turn:
-                yield turn
-                if stream is None or stream.resumed < 0:
-                    sent = int(env.now)
-                if not move.called_off:
-                    yield env.timeout(link.wire_ns(size))
-                    self.carried += size
-            late = link.latency_ns
+            yield from wire.turn()
+            if stream is None or stream.resumed < 0:
+                sent = int(env.now)
+            if not move.called_off:
+                yield from wire.carry(0, size)
+                self.carried += size
+            wire.done()
+            late = wire.link.latency_ns
         if tokens or late:
             yield env.timeout(late)
         self._moving.remove(move)

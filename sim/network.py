@@ -68,4 +68,4 @@ def _links(config: TopologyConfig, devices: Sequence[Hardware], layers: int) -> 
             links[way] = made([end.link for end in ends], wanted.node_gb_s, wanted.node_latency_us)
         else:
             links[way] = made([end.network for end in ends], wanted.gb_s, wanted.latency_us)
-    return Network(links, nodes)
+    return Network(links, nodes, None if wanted.switch_gb_s is None else wanted.switch_gb_s * 1e9)

@@ -58,6 +58,7 @@ CASES = {
     "layerwise": (*usual("pd_2p2d"), *LAYERWISE),
     "layerwise over a slow link": (*usual("pd_hetero"), *LAYERWISE, *SLOW, *TIGHT),
     "by node": (*usual("pd_2p2d"), *BY_NODE),
+    "over a switch": (*usual("pd_2p2d"), *BY_NODE, *LAYERWISE, "topology.link.switch_gb_s=2"),
     "scaled apart": (
         *usual("pd_1p1d"), "topology.groups.decode.most=3", "topology.groups.prefill.most=2", *GROWS, *COLD,
     ),

@@ -231,6 +231,11 @@ def test_the_best_step_size_is_another_on_another_topology(composed: Composed, t
         ),
         (["topology=tp8_ep8"], "llama-3.1-8b has no experts"),
         (["topology=pd_1p1d", "topology.link.node_gb_s=9"], "no group says on which nodes"),
+        (
+            ["topology=pd_1p1d", "topology.link.switch_gb_s=9"],
+            "switch_gb_s is 9.0, and no group says on which nodes",
+        ),
+        (["topology=pd_1p1d", "topology.link.switch_gb_s=0"], "topology.link.switch_gb_s is 0.0"),
         (["topology=dp2", "topology.groups.replica.nodes=[0,1]"], "topology dp2 moves none"),
         (["topology=pd_1p1d", "topology.groups.decode.nodes=[0]"], "prefill.nodes is []; expected a number"),
         (
