@@ -117,7 +117,7 @@ def command(arguments: argparse.Namespace) -> None:
     from lab.analysis.report import write_report
     from lab.analysis.runs import load
     from lab.analysis.table import show
-    from lab.session import collector_at_rest
+    from lab.collector import collector_at_rest
 
     a, b = load_side(arguments.reference), load_side(arguments.candidate)
     if (backend(a[0]), backend(b[0])) == ("sim", "real"):

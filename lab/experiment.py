@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lab import plugins, ranks
 from lab.assembly import EngineSpec
+from lab.collector import collector_at_rest
 from lab.config import Config, sampling
 from lab.control.request import stream_of
 from lab.errors import DiptychError, RunError
@@ -44,7 +45,8 @@ def experiment(cfg: Config) -> int:
 
         return run_studies(cfg)
     console = Console()
-    job = _job(cfg)
+    with collector_at_rest():
+        job = _job(cfg)
     path = _directory(job.cfg, job.config_text, job.slug)
     try:
         return _carry_out(job, path, console)
@@ -112,10 +114,7 @@ def _job(cfg: Config) -> Job:
 
     if cfg.engine.mode == "replay":
         return replayed(cfg)
-    from lab.session import collector_at_rest
-
-    with collector_at_rest():
-        requests, source = workload(cfg)
+    requests, source = workload(cfg)
     spec = EngineSpec.of(dataclasses.asdict(cfg))
     policy = Path(re.sub(r"\.py(?=:|$)", "", cfg.policy.name)).name  # of a loose file, without where it lies
     return Job(cfg, requests, source, spec, config_yaml(cfg), f"{policy}-{cfg.trace.name}")

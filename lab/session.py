@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import datetime
-import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lab import __version__, interrupts
 from lab.assembly import ControlPlane, EngineSpec, assemble
 from lab.backend import Backend
+from lab.collector import collector_at_rest
 from lab.console import Console
 from lab.control.blame import blame
 from lab.control.core import EngineCore
@@ -213,22 +212,6 @@ def _power(backend: Backend, control: ControlPlane) -> dict[int, Power]:
     """By replica, where the backend knows what its devices draw and cost: for each place of the topology, or one."""
     known: Sequence[Power] = getattr(backend, "power", ())
     return {index: known[min(slot, len(known) - 1)] for index, slot in control.fleet.slots.items() if known}
-
-
-@contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Let Python's cycle collector look seldom: what a run makes has next to no cycles, and looking through all that
-    lives takes a third of a simulation's time."""
-    before = gc.get_threshold()
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)  # or Python looks through it all once more, only to end
-    gc.freeze()  # without a look before it: what the start leaves behind is next to nothing
-    gc.set_threshold(200_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 class _Log(Observer):

@@ -28,6 +28,7 @@ from typing import Any
 import simulators  # beside this file
 
 from lab.assembly import EngineSpec
+from lab.collector import collector_at_rest
 from lab.control.executor import Capacity
 from lab.control.plan import Decoding, StepPlan, StepTiming
 from lab.control.step import Limits
@@ -159,9 +160,7 @@ def main(words: list[str]) -> int:
     trace, load = str(Path(options["trace"]).resolve()), float(options.get("load", "0.78"))
     counts = [int(count) for count in options.get("requests", "16000").split(",")]
     if "child" in options:
-        from lab.session import collector_at_rest
-
-        with collector_at_rest():
+        with collector_at_rest():  # as the command line does
             found = simulate(trace, counts[0], options["record"], load, Path(options["child"]))
         (Path(options["child"]) / "found.json").write_text(json.dumps(found))
         return 0
