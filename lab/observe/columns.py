@@ -127,7 +127,7 @@ STEPS: tuple[Column[StepRecord], ...] = (
     ("dropped_tokens", "int64", lambda s: s.plan.dropped_tokens),
     ("copied_blocks", "int64", lambda s: s.plan.copied_blocks),
     ("rejected", "int64", lambda s: len(s.plan.rejected)),
-    ("digest", "unique", lambda s: s.plan.digest),
+    ("digest", "hex", lambda s: s.plan.digest),
     *((f"{term}_term_ns", "int64", _term(place)) for place, term in enumerate(TERMS)),
     ("ranks", "ranks", lambda s: [dataclasses.asdict(part) for part in s.ranks]),
 )
@@ -171,7 +171,7 @@ _attributes = json.JSONEncoder(separators=(",", ":"), sort_keys=True, ensure_asc
 
 SPANS: tuple[Column[SpanRow], ...] = (
     ("trace_id", "word", lambda row: row.trace_id),
-    ("span_id", "unique", lambda row: row.span_id),
+    ("span_id", "hex", lambda row: row.span_id),
     ("parent_span_id", "unique", lambda row: row.parent_span_id),
     ("name", "word", lambda row: row.name),
     ("kind", "word", lambda row: row.kind),

@@ -242,6 +242,7 @@ TABLES: dict[str, tuple[Sequence[Column[object]], Meanings]] = {
 
 _SHAPES = {
     "unique": "string",
+    "hex": "string",
     "word": "string",
     "varied": "int64",
     "pieces": "list<struct>",

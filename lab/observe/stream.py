@@ -48,7 +48,7 @@ class Stream(Observer):
         self._spans: Table[Any] = Table(self._temporary("spans.parquet"), SPANS, 16 * BUFFER)
         self._table: Table[Any] | None = None
         if steps:
-            self._table = Table(self._temporary("steps.parquet"), STEPS, 8 * BUFFER)
+            self._table = Table(self._temporary("steps.parquet"), STEPS, 32 * BUFFER)  # many columns
 
     def totals(self, replica: int) -> StepTotals:
         return self.sums.setdefault(replica, StepTotals())

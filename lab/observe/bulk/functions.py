@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 
 def joined(*parts: Any, between: str = "", skip: bool = False) -> Any:
     """Texts and columns of texts, one after another, as a column; a null makes null, or is left out (`skip`)."""
@@ -23,11 +25,25 @@ def taken(column: Any, order: Any) -> Any:
 
 
 def written(column: Any) -> Any:
-    """Numbers as texts."""
+    """Whole numbers as texts; small ones, if all of them are, are looked up."""
     import pyarrow as pa
 
+    if isinstance(column, np.ndarray):
+        if len(column) and column.min() >= 0 and column.max() < _SMALL:
+            return taken(_texts(), column)
+        column = pa.array(column)
     arrow = _arrow()
     return arrow.call_function("cast", [column], arrow.CastOptions.safe(pa.string()))
+
+
+_SMALL = 4096
+
+
+@cache
+def _texts() -> Any:
+    import pyarrow as pa
+
+    return pa.array([str(number) for number in range(_SMALL)])
 
 
 @cache

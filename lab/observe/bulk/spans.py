@@ -177,11 +177,9 @@ def attributes(boundary: Boundary, count: int, *values: Any) -> Any:
 def _text(value: Any) -> Any:
     import pyarrow as pa
 
-    if isinstance(value, np.ndarray):
-        if len(value) and value.min() == value.max():
-            return str(int(value[0]))
-        value = pa.array(value)
-    return functions.written(value) if isinstance(value, pa.Array) else value
+    if isinstance(value, np.ndarray) and len(value) and value.min() == value.max():
+        return str(int(value[0]))
+    return functions.written(value) if isinstance(value, np.ndarray | pa.Array) else value
 
 
 def _joined(count: int, parts: Sequence[Any]) -> Any:

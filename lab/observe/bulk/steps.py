@@ -33,7 +33,19 @@ class StepBatch:
         self.numbers: dict[str, Any] = dict(zip(STEP_NUMBERS, np.ascontiguousarray(numbers.T), strict=True))
         self._modelled = any(self._terms)
         self._digests = pa.array(digests, pa.string())
-        self._plans: dict[int, StepPlan] = {n: plan for n, plan in enumerate(plans) if plan is not None}
+        told = {n: plan for n, plan in enumerate(plans) if plan is not None}
+        self._admitting = {n: plan for n, plan in told.items() if plan.admitted}
+        self._plans: dict[int, StepPlan] = {
+            n: plan
+            for n, plan in told.items()
+            if plan.preempted
+            or plan.rejected
+            or plan.swap_out
+            or plan.swap_in
+            or plan.copies
+            or plan.compactions
+        }
+        """Those that decided more than work and admission: few."""
         self._ranks: dict[int, tuple[RankTiming, ...]] = (
             {n: each for n, each in enumerate(ranks) if each} if any(ranks) else {}
         )
@@ -108,14 +120,16 @@ class StepBatch:
             return empty_lists("ranks", self.count)
         return [[dataclasses.asdict(part) for part in self._ranks.get(n, ())] for n in range(self.count)]
 
-    def _named(self, ids: Callable[[StepPlan], Sequence[str]]) -> Any:
+    def _named(self, plans: Mapping[int, StepPlan], ids: Callable[[StepPlan], Sequence[str]]) -> Any:
         """Lists of requests as JSON."""
         import pyarrow as pa
 
-        some = {n: _list(said) for n, plan in self._plans.items() if (said := ids(plan))}
-        if not some:
+        if not plans:
             return "[]"
-        return pa.array([some.get(n, "[]") for n in range(self.count)], pa.string())
+        said = ["[]"] * self.count
+        for n, plan in plans.items():
+            said[n] = _list(ids(plan))
+        return pa.array(said, pa.string())
 
     def spans(self, workload: str) -> list[Any]:
         """The columns of their spans, as `lab.observe.spans.step_spans` gives them one by one."""
@@ -155,9 +169,9 @@ class StepBatch:
         executed, end = planned + own["execute_ns"], own["now"] + own["total_ns"]
         about = (index, own["replica"], quoted(self._policies), Plain(self._digests))
         root = put(_STEP, None, start, end, *about)
-        admitted = self._named(lambda plan: plan.admitted)
-        preempted = self._named(lambda plan: [request for request, _ in plan.preempted])
-        rejected = self._named(lambda plan: [request for request, _ in plan.rejected])
+        admitted = self._named(self._admitting, lambda plan: plan.admitted)
+        preempted = self._named(self._plans, lambda plan: [request for request, _ in plan.preempted])
+        rejected = self._named(self._plans, lambda plan: [request for request, _ in plan.rejected])
         state = [own[name] for name in ("running", "waiting", "blocks_free", "blocks_cached", "blocks_held")]
         plan = put(_PLAN, root, start, planned, admitted, preempted, rejected, *state)
         for boundary, name, ordinals in (
