@@ -18,7 +18,7 @@ def machine(run: RunLike) -> str:
     """Two sentences, of a simulation beside a real run that left probes in `cost.json`; else empty.
 
     The first says how far the machine had drifted, the second what of the simulated steps' time that is: an error of
-    the prediction by so much is the machine's, and only what goes beyond is the model's.
+    the prediction by so much is the machine's, and only what goes beyond can be the model's.
     """
     file = Path(getattr(run, "path", None) or "") / "cost.json"
     found = json.loads(file.read_text(encoding="utf-8")).get("machine_ns") if file.is_file() else None
@@ -49,6 +49,6 @@ def _drift(run: RunLike, times: Mapping[int, float]) -> str:
     took = float((steps["end_ns"] - steps["start_ns"]).sum())
     change = 100 * float((steps["forward_ns"].to_numpy() * (pace - 1)).sum()) / took if took else 0.0
     return (
-        f" At that pace the simulated steps' time would change by {change:+.1f} %: so much of their error is the "
-        "machine's drift, the rest the model's."
+        f" At that pace the simulated steps' time would change by {change:+.1f} %: about so much of their error is the "
+        "machine's drift, the rest the model's, or of moments between the probes."
     )

@@ -61,7 +61,7 @@ def test_the_machines_speed_around_the_real_run_is_kept_and_said(
     assert "The machine against when it was calibrated" in done.stdout
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "The machine against when it was calibrated" in page
-    assert "the machine&#39;s drift, the rest the model&#39;s" in page
+    assert "machine&#39;s drift, the rest the model&#39;s" in page
     assert not (out / "real" / "cost.json").exists()
 
 
