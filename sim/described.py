@@ -50,10 +50,6 @@ def shaped_cost(cfg: Config, group: GroupConfig | None = None) -> PhysicalCost:
     coefficients = replace(base, **{key: value for key, value in given.items() if value is not None})
     device = hardware.load(wanted.hardware or hardware.USUAL)
     graphs = GRAPH_SIZES if cfg.mechanisms.graph_padding else ()
-    if wanted.tables is not None and parallel.expert > 1:
-        raise ConfigError(
-            "no kernels were measured with experts shared out (ep); expected cost=physical or roofline."
-        )
     if wanted.tables is None:
         return PhysicalCost(shape, device, coefficients, parallel, graphs)
     from sim.cost import table_files

@@ -79,7 +79,7 @@ class Parallel:
     expert: int = 1
     """Parts that the experts of each layer are shared out in, each expert whole in one of them."""
     imbalance: float = 1.0
-    """Of the experts' work, the busiest device's share over the mean."""
+    """Of the experts' work, the busiest device's share over the mean; nothing where they aren't shared out."""
 
     @property
     def stage(self) -> int:
@@ -99,6 +99,11 @@ class Parallel:
     def expert_cut(self) -> int:
         """Devices that share one expert."""
         return self.stage // self.expert
+
+    @property
+    def skew(self) -> float:
+        """The busiest device's part of the experts' work over the mean."""
+        return self.imbalance if self.expert > 1 else 1.0
 
     def check(self, shape: ModelShape) -> None:
         """Raises `ConfigError` where the model can't be cut like that."""
@@ -266,7 +271,7 @@ class PhysicalCost:
         if self.shape.mixture is None:
             return 0.0
         per_row, reading = self._experts
-        each = self.parallel.imbalance / self.parallel.expert  # the busiest device's part
+        each = self.parallel.skew / self.parallel.expert  # the busiest device's part
         own = self.shape.mixture.count / self.parallel.expert  # it has no more of them to read
         return max(rows * per_row * each, min(self.shape.mixture.touched(rows) * each, own) * reading)
 
@@ -337,7 +342,7 @@ class PhysicalCost:
 
     def dispatch_s(self, rows: float) -> float:
         """One all-to-all: as long as the busiest device's."""
-        busiest = self.dispatch_bytes(rows) * self.parallel.imbalance
+        busiest = self.dispatch_bytes(rows) * self.parallel.skew
         return busiest / (self._expert_link.bytes_s * self.coefficients.link)
 
     @property

@@ -15,6 +15,7 @@ import bisect
 import csv
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,24 @@ def load(directory: Path, shape: ModelShape, hardware: Hardware, parallel: Paral
     """One model's kernels from whichever kind of tables lies there. Raises `ConfigError` in one sentence."""
     bound = PhysicalCost(shape, hardware, PERFECT, parallel)
     try:
-        if (directory / "gemm_perf.parquet").is_file():
-            return _Tables(directory, bound).kernels()
-        if (directory / "mlp.csv").is_file():
-            return _vidur(directory, bound)
+        for file, read in (("gemm_perf.parquet", _measured), ("mlp.csv", _vidur)):
+            if (directory / file).is_file():
+                found = read(directory, bound)
+                if parallel.groups > 1:
+                    found.notes.append(
+                        "all-to-alls between devices with experts weren't measured, so they are the physical model's"
+                    )
+                return found
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise ConfigError(f"tables in '{directory}' can't be used: {error!r}") from error
     raise ConfigError(
         f"no tables in '{directory}'; expected gemm_perf.parquet and its like (aiconfigurator), or mlp.csv and "
         "attention.csv (Vidur)"
     )
+
+
+def _measured(directory: Path, bound: PhysicalCost) -> Kernels:
+    return _Tables(directory, bound).kernels()
 
 
 class _Tables:
@@ -201,14 +210,16 @@ class _Tables:
     # -- the rest --------------------------------------------------------------------------------------
 
     def _experts(self, layers: int) -> Curve | None:
-        shape, mixture, bound = self._shape, self._shape.mixture, self._bound
+        shape, mixture, parallel = self._shape, self._shape.mixture, self._bound.parallel
         assert mixture is not None
+        even = PhysicalCost(shape, self._bound.hardware, PERFECT, replace(parallel, imbalance=1.0))
         want = {"hidden_size": shape.hidden, "inter_size": mixture.size, "topk": mixture.per_token}
-        want |= {"num_experts": mixture.count, "moe_tp_size": self._tensor, "moe_ep_size": 1}
+        want |= {"num_experts": mixture.count}
+        want |= {"moe_tp_size": parallel.expert_cut, "moe_ep_size": parallel.expert}
         rows = self._rows("moe", moe_dtype="fp8" if shape.weights == "fp8" else "bfloat16", **want)
         if not rows:
             self._notes.append(
-                "a mixture of experts like this wasn't measured, so it is the physical model's"
+                "a mixture of experts like this, laid out like this, wasn't measured, so it is the physical model's"
             )
             return None
         spread = min(row["distribution"] for row in rows)  # balanced, where there is that
@@ -217,7 +228,7 @@ class _Tables:
         points = {
             row["num_tokens"]: layers * row["latency"] * MS for row in rows if row["distribution"] == spread
         }
-        return Curve(points, bound.expert_time)
+        return Curve(points, even.expert_time)
 
     def _reduce(self) -> Curve | None:
         rows = self._rows("custom_allreduce", num_gpus=self._tensor, backend="vllm_graph")

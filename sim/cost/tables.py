@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from lab.control.plan import Decoding, Work
 from sim.cost.curves import Curve, Surface
-from sim.cost.physical import ALONE, MEASURED, Coefficients, Parallel, PhysicalCost
+from sim.cost.physical import ALONE, MEASURED, PERFECT, Coefficients, Parallel, PhysicalCost
 from sim.cost.terms import StepCost
 from sim.hardware import Hardware
 from sim.model_shape import ModelShape
@@ -25,11 +25,11 @@ class Kernels:
     """Seconds, for one device's share of the model. None where nothing was measured."""
 
     linear: Curve
-    """All linear layers, by rows."""
+    """All linear layers but experts, by rows of one group."""
     head: Curve | None = None
     """The LM head, by rows."""
     experts: Curve | None = None
-    """All mixtures of experts, by rows."""
+    """One device's part of all mixtures of experts, evenly spread, by rows of all groups."""
     context: Curve | None = None
     """One layer's attention of a prompt of so many tokens."""
     generation: Surface | None = None
@@ -55,6 +55,7 @@ class TablesCost(PhysicalCost):
     ) -> None:
         super().__init__(shape, hardware, coefficients, parallel, graph_sizes)
         self.kernels = kernels
+        self._bound = PhysicalCost(shape, hardware, PERFECT, parallel)
         self._context = None if kernels.context is None else kernels.context.convex()
         self.steps = 0
         """Steps that were asked for."""
@@ -66,17 +67,20 @@ class TablesCost(PhysicalCost):
         return super().cost_of(decodes, items)
 
     def linear(self, rows: float) -> float:
+        """Of experts, the busiest device does what each would with as many more rows as it has more of them."""
         kernels = self.kernels
-        took = kernels.linear(rows)
-        if rows > kernels.linear.end:
+        own = rows / self.parallel.groups
+        took = kernels.linear(own)
+        if own > kernels.linear.end:
             self.outside["linear layers"] += 1
         if self.shape.mixture is None:
             return took
         if kernels.experts is None:
             return took + self.expert_time(rows)
-        if rows > kernels.experts.end:
+        busiest = rows * self.parallel.skew
+        if busiest > kernels.experts.end:
             self.outside["experts"] += 1
-        return took + kernels.experts(rows)
+        return took + max(kernels.experts(busiest), self._bound.expert_time(rows))
 
     def head(self, seqs: float) -> float:
         kernels = self.kernels
@@ -86,10 +90,11 @@ class TablesCost(PhysicalCost):
         """A chunk takes what its end takes as a prompt, less what its beginning would: the same query-key pairs.
 
         That, or its tokens as a prompt of their own and reading the context before them, whichever is longer. All
-        chunks of a step share one launch. Windows shorten contexts before they are looked up.
+        chunks of a step share one launch. Windows shorten contexts before they are looked up. Groups that serve
+        requests of their own each do their part of this, and launch all the same.
         """
         bound, bound_tokens = super().attention(decodes, items)
-        kernels = self.kernels
+        kernels, groups = self.kernels, self.parallel.groups
         context, generation = self._context, kernels.generation
         chunks = tokens = 0.0
         for kind in self.shape.kinds:
@@ -110,12 +115,12 @@ class TablesCost(PhysicalCost):
                     self.outside["attention of prompts"] += 1
                 launch = context(1)
                 took += max(context(reach) - context(reach - n), context(n) - launch, least)
-            chunks += kind.count * (launch + took)
+            chunks += kind.count * (launch * groups + took)
             if seqs and generation is not None:
                 each = total / seqs
-                if not generation.covers(seqs, each):
+                if not generation.covers(seqs / groups, each):
                     self.outside["attention of single tokens"] += 1
-                tokens += kind.count * generation(seqs, each)
+                tokens += kind.count * generation(seqs / groups, each) * groups
         return max(chunks, bound), max(tokens, bound_tokens)
 
     def reduce_s(self, size: float) -> float:
@@ -126,6 +131,11 @@ class TablesCost(PhysicalCost):
         if size > reduce.end:
             self.outside["all-reduce"] += 1
         return reduce(size)
+
+    def dispatch_s(self, rows: float) -> float:
+        """An all-to-all wasn't measured, so it has a launch, whether all-reduces have or not."""
+        unsaid = super().launch_s - self.launch_s - self._expert_link.latency_s
+        return super().dispatch_s(rows) + max(unsaid, 0.0)
 
     @property
     def launch_s(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab import compose
+from lab.console import Console
 from lab.control.plan import GENESIS, Decoding, StepPlan, Work
 from lab.errors import ConfigError
+from lab.validation import validate
 from sim import hardware, model_shape
+from sim.backend import open_backend
 from sim.cost import table_files
 from sim.cost.curves import Curve, Surface
 from sim.cost.physical import PERFECT, Parallel, PhysicalCost
-from sim.cost.tables import TablesCost
+from sim.cost.tables import Kernels, TablesCost
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "gpu_tables"
 H100 = hardware.load("h100_sxm")
+EXPERT = 3 * 2048 * 768
+"""Weights of one of qwen3-30b-a3b's."""
 Items = list[tuple[int, int]]
 
 
@@ -69,7 +76,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"num_gpus": 2, "message_size": n, "backend": "vllm_graph", "latency": 0.005 + n * 2 / 300e9 * 1e3}
         for n in (1024, 1 << 20, 1 << 26)
     ]
+    moe = [
+        {"moe_dtype": "bfloat16", "hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128}
+        | {"num_tokens": n, "moe_tp_size": 1, "moe_ep_size": ep, "distribution": "balanced"}
+        | {"latency": took(2.0 * n * EXPERT * 8 / ep, 2.0 * EXPERT * min(8 * n, 128) / ep, i)}
+        for i, n in enumerate(sizes)
+        for ep in (1, 8)
+    ]
     for name, rows in (
+        ("moe", moe),
         ("gemm", gemm),
         ("context_attention", context),
         ("generation_attention", generation),
@@ -258,3 +273,118 @@ def test_measured_kernels_stay_within_what_is_physical(device: str) -> None:
         share = bound.linear(sum(n for _, n in items)) / kernels.linear(sum(n for _, n in items))
         assert 0.5 < share <= 1
         assert 0.3 < tables.efficiency(plan(items)) < 1
+
+
+# -- experts that are shared out ------------------------------------------------------------------------------
+
+SPREAD = (
+    Parallel(expert=8),
+    Parallel(expert=8, imbalance=1.6),
+    Parallel(tensor=2, expert=8),
+    Parallel(tensor=2, expert=2),
+    Parallel(tensor=2, expert=4, pipeline=2, microbatches=2),
+)
+
+
+def spread(where: Path, parallel: Parallel, device: str = "h100_sxm") -> TablesCost:
+    shape, described = model_shape.load("qwen3-30b-a3b"), hardware.load(device)
+    return TablesCost(
+        shape, described, table_files.load(where, shape, described, parallel), parallel=parallel
+    )
+
+
+@pytest.fixture(scope="module")
+def layouts(made: Path) -> list[TablesCost]:
+    return [spread(made, parallel) for parallel in SPREAD]
+
+
+def test_experts_that_are_shared_out_are_looked_up(layouts: list[TablesCost]) -> None:
+    """At the tables' own points: all tokens for the experts, and an eighth of them for the rest."""
+    even, busy, shared, unmeasured, _ = layouts
+    for n, noise in ((8, 1.02), (64, 1.04)):
+        least = max(
+            16 * n * EXPERT / 8 / H100.peak("bfloat16"), EXPERT * min(8 * n, 128) / 4 / H100.memory_bytes_s
+        )
+        experts = even.linear(n) - even.kernels.linear(n / 8)
+        assert experts == pytest.approx(48 * (3 * least + 5e-6) * noise)
+        assert shared.linear(n) - shared.kernels.linear(n / 4) == pytest.approx(experts)
+        assert busy.linear(n / 1.6) - busy.kernels.linear(n / 12.8) == pytest.approx(experts)
+        without = unmeasured.linear(n) - unmeasured.kernels.linear(n)
+        assert without == pytest.approx(unmeasured.expert_time(n))
+    assert even.kernels.notes[-1].startswith("all-to-alls")
+    said = [[note for note in one.kernels.notes if "laid out like this" in note] for one in layouts]
+    assert [len(notes) for notes in said] == [0, 0, 0, 1, 1]
+
+
+@given(st.integers(1, 4000), st.floats(1, 8))
+def test_busy_experts_are_no_faster_than_the_roofline_where_tables_say_nothing(
+    rows: int, imbalance: float
+) -> None:
+    shape, even = model_shape.load("qwen3-30b-a3b"), Parallel(expert=8)
+    law = PhysicalCost(shape, H100, PERFECT, even)
+    nothing = dict.fromkeys((1.0, 64.0, 4096.0), 0.0)
+    kernels = Kernels(Curve(nothing, law.dense_time), experts=Curve(nothing, law.expert_time))
+    tables = TablesCost(shape, H100, kernels, parallel=replace(even, imbalance=imbalance))
+    bound = PhysicalCost(shape, H100, PERFECT, tables.parallel)
+    assert tables.linear(rows) >= bound.linear(rows) * (1 - 1e-9)
+
+
+@given(st.data(), batches)
+def test_no_layout_of_experts_is_faster_than_its_roofline(
+    layouts: list[TablesCost], data: st.DataObject, items: Items
+) -> None:
+    tables = data.draw(st.sampled_from(layouts))
+    bound, took = tables.roofline().step_cost(plan(items)), tables.step_cost(plan(items))
+    for term in ("weights", "attention", "kv_read", "collectives", "host"):
+        assert getattr(took, term) >= getattr(bound, term) * (1 - 1e-9), term
+
+
+def test_a_group_with_requests_of_its_own_has_its_part_of_their_attention(layouts: list[TablesCost]) -> None:
+    """Eight requests on eight devices take what one takes on one; a chunk is launched on each that has one."""
+    even = layouts[0]
+    generation, context = even.kernels.generation, even.kernels.context
+    assert generation is not None
+    assert context is not None
+    eight = even.step_cost(plan([(256, 1)] * 8))
+    assert eight.kv_read == pytest.approx(48 * generation(1, 257))
+    chunks = even.step_cost(plan([(0, 256)] * 8)).attention
+    assert chunks == pytest.approx(48 * context(256))
+
+
+def test_a_topology_with_experts_apart_has_tables(made: Path) -> None:
+    words = "backend=sim", "cost=tables", f"cost.tables={made}", "cost.model=qwen3-30b-a3b", "topology=ep8"
+    with compose.composer() as composer:
+        cfg = composer.config([*words, "topology.groups.replica.tp=2"])
+    validate(cfg)
+    (cost, _), *_ = open_backend(cfg, Console(), None).replicas
+    assert isinstance(cost, TablesCost)
+    assert cost.parallel == Parallel(tensor=2, expert=8)
+    assert cost.kernels.experts is not None
+
+
+def test_an_all_to_all_is_launched_where_all_reduces_were_measured_with_their_launch(made: Path) -> None:
+    tables = spread(made, Parallel(tensor=2, expert=8))
+    plain = PhysicalCost(tables.shape, H100, parallel=tables.parallel)
+    assert tables.launch_s == 0 < plain.launch_s
+    waits = [
+        max(cost.launch_s, cost._expert_link.latency_s) + cost.dispatch_s(64) for cost in (tables, plain)
+    ]
+    assert waits[0] == pytest.approx(waits[1])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the measured tables aren't here")
+@pytest.mark.parametrize("device", ["h100_sxm", "a100_sxm", "l40s"])
+@pytest.mark.parametrize("parallel", [Parallel(expert=8), Parallel(tensor=2, expert=8), Parallel(expert=64)])
+def test_measured_experts_stay_within_what_is_physical(device: str, parallel: Parallel) -> None:
+    tables = spread(SHARED / device, parallel, {"a100_sxm": "a100_80g"}.get(device, device))
+    for items in ([(0, 2048)], [(500, 1)] * 64, [(4000, 1)] * 256):
+        assert 0.1 < tables.efficiency(plan(items)) < 1
+    assert tables.kernels.experts is not None
+
+
+def test_imbalance_is_of_experts_that_are_shared_out() -> None:
+    shape = model_shape.load("qwen3-30b-a3b")
+    for tensor in (1, 2):
+        one, other = (PhysicalCost(shape, H100, parallel=Parallel(tensor, imbalance=x)) for x in (1.0, 3.0))
+        for items in ([(70, 1)], [(0, 900), (70, 1)], [(0, 20_000)]):
+            assert one.step_cost(plan(items)) == other.step_cost(plan(items))
