@@ -159,15 +159,19 @@ def _error(diff: Diff) -> str:
     size = f"{abs(delta):,.3f} ms {'longer' if delta > 0 else 'shorter'} than {a}'s"
     text = f"Mean E2E of {b} is {size} ({percent(values['error_pct'])})"
     split = (diff.counterfactual or {}).get("e2e_ms.mean")
+    laid_out = any(option.startswith(("topology.", "fleet.")) for option in diff.configuration)
+    decided = (
+        "decisions and the topology" if laid_out else "decisions"
+    )  # links and losses come with the rules
     if split and not split["duration"] and split["decision"]:
-        return f"{text}, all of it from decisions: steps that did the same work took the same time."
+        return f"{text}, all of it from {decided}: steps that did the same work took the same time."
     if split and not split["decision"] and split["duration"]:
         return f"{text}, all of it from step durations: with {a}'s durations nothing is left of it."
     if split:
         moved = abs(split["duration"]) + abs(split["decision"])
         shares = [100 * abs(split[part]) / moved if moved else 0.0 for part in ("duration", "decision")]
         return (
-            f"{text}: {split['duration']:+,.3f} ms from step durations, {split['decision']:+,.3f} ms from decisions "
+            f"{text}: {split['duration']:+,.3f} ms from step durations, {split['decision']:+,.3f} ms from {decided} "
             f"({shares[0]:.0f} % / {shares[1]:.0f} % of the {noun})."
         )
     if diff.decisions["first_divergent_step"] is None:

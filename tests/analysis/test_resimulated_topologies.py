@@ -47,6 +47,9 @@ def lost(*planned: tuple[int, float, float | None]) -> str:
     return f"fleet.failures=[{', '.join(words)}]"
 
 
+LOST = lost((1, 0.4, 0.1))
+
+
 def usual(name: str) -> tuple[str, ...]:
     experts = EXPERTS if "ep" in name else ()
     return (f"topology={name}", *experts, *(() if name == "single" else TURNS))
@@ -206,7 +209,7 @@ def test_a_first_step_that_was_cut_off_and_done_elsewhere_took_its_own_time_on_e
         (("topology=dp4",), ("topology=pd_2p2d",)),
         (("topology=pd_2p2d",), ("topology=pd_2p2d", *SLOW)),
         (("topology=pd_hetero", *TIGHT), ("topology=pd_hetero", *TIGHT, "policy=sjf", "cost.layer_us=90")),
-        (("topology=dp4",), ("topology=dp4", lost((1, 0.4, 0.1)))),
+        (("topology=dp4",), ("topology=dp4", LOST)),
     ],
 )
 def test_the_split_of_an_error_adds_up(
@@ -216,6 +219,9 @@ def test_the_split_of_an_error_adds_up(
     assert "not re-simulated" not in capsys.readouterr().err
     assert found.counterfactual
     exact(found)
+    told = any(option.startswith(("topology.", "fleet.")) for option in found.configuration)
+    assert told == (left[0] != right[0] or "policy=sjf" not in right)
+    assert ("decisions and the topology" in repr(found)) == told
 
 
 def test_two_that_began_alike_keep_their_own_durations() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import defaultdict
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sim.links import Link, Network
 from sim.moves import Failure
-from tests.policies.fleets import MS
+from tests.policies.fleets import MS, SECOND
 from tests.sim.test_moves import BYTES, PREFILL, SPLIT, same, serve, whole, workload
 
 INSIDE, ACROSS = Link(1e8, 1000), Link(1e6, 50_000)
@@ -152,3 +153,15 @@ def test_whoever_is_lost_while_it_waits_for_the_switch_leaves_it_to_others(lost:
         _, records = serve(same(12, output=5, apart=30 * MS), SPLIT, network, failures=[failure])
         for record in records.values():
             whole(record)
+
+
+def test_what_is_called_off_before_the_switch_is_free_lets_go_of_its_link_too() -> None:
+    """The second's source is lost while the first is on the switch; who takes its place sends over the same link."""
+    roles, nodes = ("prefill", "prefill", "decode"), (0, 1, 2)
+    failure = Failure(1, PREFILL + 50 * MS, 10 * MS)
+    requests = same(2) + [dataclasses.replace(r, id=f"later {r.id}", arrival=SECOND) for r in same(2)]
+    recorder, records = serve(requests, roles, switched(1e6, nodes=nodes), failures=[failure], policies=TURNS)
+    for record in records.values():
+        whole(record)
+    assert [move.source for record in recorder.requests for move in record.transfers].count(3) == 1
+    assert records["r1"].transfers[0].source == 0
