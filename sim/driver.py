@@ -7,7 +7,7 @@ real engine's stepped clock, so that both see the same order of events.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import simpy
 
@@ -194,7 +194,7 @@ class Simulation:
         watched = (
             Watched(executor) if self._moves.layerwise and self._fleet.role(index) == "prefill" else None
         )
-        for wait in serve(core, watched or executor, timer, lambda: int(env._now), coast):
+        for wait in serve(core, watched or executor, timer, lambda: cast("int", env._now), coast):
             if watched is not None and (plan := watched.taken()) is not None:
                 self._moves.computing(core, plan, int(env.now), wait)
             if self._moves.pending:

@@ -124,11 +124,13 @@ class Fleet:
         """The ready replicas as the gateway sees them: as old, and as blurred, as the spec says."""
         if self._taken is None or now - self._taken >= self.spec.refresh:
             self._taken = now
-            self._views = [self._blurred(self._view(core, now)) for core in self._ready.values()]
+            views = [core.view(now) for core in self._ready.values()]
+            plain = not (self.spec.roles or self.spec.refresh or self.spec.noise)
+            self._views = views if plain else [self._blurred(self._told(view)) for view in views]
         return list(self._views)
 
-    def _view(self, core: EngineCore, now: int) -> ReplicaView:
-        view = core.view(now)
+    def _told(self, view: ReplicaView) -> ReplicaView:
+        core = self._ready[view.index]
         if self.spec.roles:
             view = replace(view, role=self.role(view.index))
         if not self.spec.refresh:

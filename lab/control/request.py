@@ -42,6 +42,9 @@ def stream_of(*names: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+_OUTPUT = hashlib.blake2b(b"output\x1f", digest_size=8)
+
+
 def synthetic_token(stream: int, position: int, vocab_size: int) -> int:
     """Token id at one position of a synthetic text (splitmix64 of stream and position)."""
     z = (stream + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
@@ -221,7 +224,9 @@ class Request:
 
         Of several outputs a later turn quotes the first.
         """
-        return stream_of("output", self.parent if self.sample == 1 else self.id)
+        state = _OUTPUT.copy()  # `stream_of` of both words, for half the time
+        state.update((self.parent if self.sample == 1 else self.id).encode())
+        return int.from_bytes(state.digest(), "little")
 
     def sequences(self) -> tuple[Request, ...]:
         """Itself; or of `n` outputs one request each, called `ID#1` to `ID#n`, with seeds of their own."""

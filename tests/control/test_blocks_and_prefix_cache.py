@@ -309,6 +309,7 @@ def test_equal_keys_mean_equal_prefixes_and_the_other_way_round(
 
 def test_names_of_streams_are_stable() -> None:
     assert stream_of("output", "r1") == stream_of("output", "r1")
+    assert request("ä", 3).output_stream == stream_of("output", "ä")
     assert stream_of("a", "bc") != stream_of("ab", "c")
 
 
