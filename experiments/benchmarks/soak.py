@@ -143,7 +143,8 @@ class Soak:
     def __init__(self, minutes: float, seed: int, requests: int = 0) -> None:
         self._seconds = 60 * minutes
         self._requests = requests
-        self._rng = random.Random(seed)
+        # By streams of their own: who is aborted depends on the engine's pace, and what is asked for mustn't.
+        self._seed, self._aborts = seed, random.Random(f"aborts {seed}")
         with compose.composer() as composer:
             cfg = composer.config([*WORDS, f"seed={seed}"])
         self._backend = open_backend(cfg, Console(), None)
@@ -169,7 +170,7 @@ class Soak:
         }
         spec = EngineSpec(policies, LIMITS, prefix_cache=True, seed=number)
         control = assemble(spec, self._backend.capacity, self.books)
-        load = Load(self._rng, f"{number}")
+        load = Load(random.Random(f"requests {self._seed} {number}"), f"{number}")
         ended = sum(self.books.outcomes.values())
         print(f"{self._clock()} {' / '.join(names)}", flush=True)
 
@@ -188,7 +189,7 @@ class Soak:
 
     def _abort_some(self, core: EngineCore, run: SteppedRun, now: int) -> None:
         """Called with a plan in flight as often as between two: an abort may come in any state."""
-        rng = self._rng
+        rng = self._aborts
         if core.has_work and rng.random() < 0.01:
             victim = rng.choice(list(core._requests))
             if rng.random() < 0.5:
