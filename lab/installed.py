@@ -52,13 +52,16 @@ def extended(prefix: str, own: str, path: tuple[str, ...]) -> bool:
 def _look(path: tuple[str, ...]) -> Installed:
     folders: dict[str, tuple[str, Path]] = {}
     for place in path:
-        if os.path.isdir(place or "."):
-            for name in sorted(os.listdir(place or ".")):
-                stem, suffix = os.path.splitext(name)
-                if suffix in (".dist-info", ".egg-info"):
-                    called, _, said = stem.partition("-")
-                    said = said if suffix == ".dist-info" else ""
-                    folders.setdefault(_normal(called), (said, Path(place, name)))
+        try:
+            names = sorted(os.listdir(place or "."))
+        except OSError:  # nothing is there, or nobody may look
+            continue
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix in (".dist-info", ".egg-info"):
+                called, _, said = stem.partition("-")
+                said = said if suffix == ".dist-info" else ""
+                folders.setdefault(_normal(called), (said, Path(place, name)))
     return Installed(folders, not any(place.endswith(".egg") or os.path.isfile(place) for place in path))
 
 

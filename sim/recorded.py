@@ -72,13 +72,13 @@ def _cut_off(run: Run) -> dict[int, dict[str, StepTiming]]:
         return found
     try:
         lost = json.loads((run.path / "cost.json").read_text(encoding="utf-8"))["lost_steps"]
+        for replica, digest, took in lost:
+            found.setdefault(int(replica), {})[digest] = StepTiming(0, 0, int(took), 0, 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReplayError(
             f"run '{run.path}' has failures and doesn't say in cost.json how long the steps were that they cut off; "
             "was it written by another version?"
         ) from error
-    for replica, digest, took in lost:
-        found.setdefault(replica, {})[digest] = StepTiming(0, 0, took, 0, 0)
     return found
 
 

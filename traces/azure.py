@@ -19,7 +19,7 @@ from traces.shape import FileOptions, Row, assemble
 from traces.workload import Workload
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-_TIME = r"(20\d\d-\d\d-\d\d[ T]\d\d:\d\d):([0-5]\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:?\d\d)?"
+_TIME = r"(20\d\d-\d\d-\d\d[ T](?:[01]\d|2[0-3]):\d\d):([0-5]\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:?\d\d)?"
 _TIMESTAMP = re.compile(_TIME, re.ASCII)
 _PLAIN_ROW = re.compile(_TIME + r",([1-9]\d{0,8}),([1-9]\d{0,8})\r?\n?", re.ASCII)
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)

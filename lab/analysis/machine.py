@@ -20,8 +20,13 @@ def machine(run: RunLike) -> str:
     The first says how far the machine had drifted, the second what of the simulated steps' time that is: an error of
     the prediction by so much is the machine's, and only what goes beyond can be the model's.
     """
-    file = Path(getattr(run, "path", None) or "") / "cost.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("machine_ns") if file.is_file() else None
+    path: Path | None = getattr(run, "path", None)  # one that was never written has none
+    if path is None or not (path / "cost.json").is_file():
+        return ""
+    try:
+        found = json.loads((path / "cost.json").read_text(encoding="utf-8")).get("machine_ns")
+    except (OSError, ValueError, AttributeError):
+        return "How fast the machine was can't be told: cost.json can't be read."
     if not found or not found["after"]:
         return ""
     then, before, after = found["calibrated"], found["before"], found["after"]

@@ -245,6 +245,9 @@ def test_what_an_old_run_lacks_is_said_in_one_sentence(made: Made, tmp_path: Pat
         with pytest.raises(ReplayError, match=said) as caught:
             resimulate(load(old), load(old), None)
         assert "\n" not in str(caught.value)
+    (tmp_path / "cost.json" / "cost.json").write_text('{"lost_steps": [[0, "digest"]]}')
+    with pytest.raises(ReplayError, match="cut off"):
+        resimulate(run, load(tmp_path / "cost.json"), None)
 
 
 def test_a_run_that_was_simulated_again_can_be_once_more(made: Made, tmp_path: Path) -> None:

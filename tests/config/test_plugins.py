@@ -65,6 +65,25 @@ def test_what_is_installed_is_what_python_says(elsewhere: Callable[..., Path]) -
     assert installed.version("nobody-has-this") is None
 
 
+def test_of_two_of_a_name_the_first_on_the_path_counts(
+    elsewhere: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    elsewhere("twice", "")
+    (tmp_path / "before" / "Twice-3.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "before"))
+    assert installed.version("twice") == "3"
+
+
+def test_a_folder_that_nobody_may_read_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(place: str) -> list[str]:
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert not installed.extended("diptych.", "diptych", (str(tmp_path),))
+
+
 @pytest.mark.parametrize("kind", ["dist-info", "egg-info", "archive"])
 def test_entry_points_of_another_distribution_are_noticed(tmp_path: Path, kind: str) -> None:
     assert not installed.extended("diptych.", "diptych", (str(tmp_path), str(tmp_path / "gone.zip")))

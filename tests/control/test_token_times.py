@@ -72,6 +72,19 @@ def test_a_stretch_that_goes_on_is_one_and_a_copy_goes_its_own_way() -> None:
         times.share(clock, n, n + 1)
     _, stretches = times.split()
     assert [stretch[1:] for stretch in stretches] == [(0, 100)]
+    apart = TokenTimes()
+    apart.share(clock, 0, 3)
+    apart.append(150)
+    apart.share(clock, 3, 5)
+    assert apart == (100, 101, 102, 150, 103, 104)
     other = times.copy()
     other.append(300)
     assert (len(times), len(other), times[-1], other[-1]) == (101, 102, 199, 300)
+
+
+def test_gaps_of_a_clock_that_nobody_went_along_are_not_counted() -> None:
+    clock, early, late = [0, 1, 3, 6, 10, 15], TokenTimes(), TokenTimes()
+    early.share(clock, 0, 2)
+    late.share(clock, 4, 6)
+    values, counts = counted_gaps([early, late])
+    assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {1: 1, 5: 1}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lab.assembly import EngineSpec, assemble
+from lab.control import decodes
 from lab.control.core import EngineCore
 from lab.control.executor import Capacity
 from lab.control.fleet import FleetSpec
@@ -101,6 +102,18 @@ def test_crossing_steps_changes_nothing(policy: str) -> None:
         assert [asdict(r) for r in one.requests.values()] == [asdict(r) for r in two.requests.values()]
     assert by_sums > 150 or policy not in ("fcfs", "vllm_v1", "sjf")
     assert shared > 50
+
+
+def test_times_that_a_clock_no_longer_holds_are_still_those_of_their_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for seed in range(4):
+        one, two = Watching(), Watching()
+        simulate(seed, "fcfs", one, aggregate=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(decodes, "_FORGET", 5)
+            simulate(seed, "fcfs", two, aggregate=True)
+        assert [asdict(r) for r in one.requests.values()] == [asdict(r) for r in two.requests.values()]
 
 
 class Rowed(Watching):

@@ -168,6 +168,16 @@ def test_what_many_ask_alike_is_written_once() -> None:
     assert share_scattered([], room) == 0
 
 
+def test_of_scattered_context_what_is_read_again_costs_nothing_more() -> None:
+    measured = features({})["scattered_context"]
+    batch = Batch.of(StepPlan(0, 0, (), GENESIS))
+    told = [
+        measured(replace(batch, decode_context=90, scattered=s, reread=r))
+        for s, r in ((90, 0), (90, 40), (0, 40))
+    ]
+    assert told == [90, 50, 0]
+
+
 def test_newcomers_are_counted_and_their_plans_take_longer() -> None:
     newcomers = plan([(0, 20)] * 3)
     request = Request(id="r0", prompt=Prompt((Segment(1, 0, 20),)), output_len=1)

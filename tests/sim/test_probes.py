@@ -131,6 +131,9 @@ def test_the_machine_around_a_run_is_said_in_a_sentence(tmp_path: Path) -> None:
         }
     )
     assert machine(run) == ""
+    for damaged in ("", "[1]"):
+        path.write_text(damaged)
+        assert machine(run).endswith("cost.json can't be read.")
     path.write_text(json.dumps({"machine_ns": watch.account()}))
     assert machine(run) == ""  # the run is still going on
     watch.ended()

@@ -130,6 +130,8 @@ def test_links_of_nodes_are_those_of_the_devices_at_their_ends(opened: Opened) -
     ]
     expected = Network({(0, 0): Link(100e9, 1000), (0, 1): Link(10e9, 7000)}, (0, 0, 1))
     assert opened(*words, *told, "routing=round_robin")._link == expected
+    shared = replace(expected, switch_bytes_s=5e9)
+    assert opened(*words, *told, "routing=round_robin", "topology.link.switch_gb_s=5")._link == shared
     assert opened(*words, *told, "routing=round_robin", "topology.groups.prefill.hardware=null", "cost=reference",
                   "topology.groups.decode.hardware=null", "cost.model=null")._link == expected  # fmt: skip
 
